@@ -1,0 +1,30 @@
+"""What the training loop asks of a task: how to begin, the loss of a batch, samples and figures."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One learnable job. Everything is a function; nothing here holds mutable state.
+
+    `loss` is jitted by the training loop and differentiated with respect to params. Its metrics
+    are scalars; `num_clips`, `useful_tokens` and `num_slots` (tokens with padding) among them feed
+    the progress line. A batch is a dict of numpy arrays whose first axis is divided over the mesh.
+    `batches(start_step)` yields the process's part of batch start_step, start_step + 1, ...: a pure
+    function of the step.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Params]
+    loss: Callable[[Params, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
+    sample: Callable[[Params, int, str], list[str]]
+    evaluate: Callable[[Params, int, str], dict[str, float]]
+    finish: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
