@@ -1,0 +1,115 @@
+"""The optimizer: AdamW with warm-up, decay, clipping and weight decay on matrices only."""
+
+import dataclasses
+import re
+
+import optax
+
+from sora_jax.core.errors import UserError
+from sora_jax.core.tree import map_with_name
+
+DECAYS = ("cosine", "linear", "constant", "warmup_stable_decay")
+
+# Weight decay pulls towards zero what multiplies activations, and nothing else. Stacked layers
+# (nn.scan) give biases a second dimension, so names decide beside the number of dimensions.
+NOT_DECAYED = re.compile(r"norm|embedding|position|table|(^|/)(bias|scale|gamma|beta)(/|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    learning_rate: the peak, reached after `warmup` steps and left at once, or under
+      "warmup_stable_decay" kept until the last `decay_fraction` of the run.
+    final_lr_fraction: the last step's rate over the peak (ignored by "constant").
+    weight_decay: of matrices only; multiplied by the learning rate.
+    clip_norm: largest global norm of a gradient; 0 does not clip.
+    ema_decay: of the averaged weights, see train_state.ema_decay_at; 0 averages nothing.
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    decay: str = "cosine"
+    final_lr_fraction: float = 0.0
+    decay_fraction: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self):
+        if self.decay not in DECAYS:
+            raise UserError(f"optim.decay = {self.decay!r} is not one of {', '.join(DECAYS)}")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optim.{name} = {getattr(self, name)} must not be negative")
+        for name in ("b1", "b2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name} = {getattr(self, name)} must be in [0, 1)")
+        if not self.eps > 0:
+            raise UserError(f"optim.eps = {self.eps} must be above 0")
+        for name in ("final_lr_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optim.{name} = {getattr(self, name)} must be in [0, 1]")
+
+
+def learning_rate_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate of the update after `count` updates.
+
+    Warm-up is linear: update i of the first warmup_steps uses (i+1)/(warmup_steps+1) of the
+    peak, so no update is thrown away on a rate of zero; then the decay ends at num_steps.
+
+    Raises UserError where the warm-up does not fit into num_steps.
+    """
+    warmup, peak = config.warmup_steps, config.learning_rate
+    if warmup >= num_steps:
+        raise UserError(
+            f"optim.warmup_steps = {warmup} must be below num_steps = {num_steps}; "
+            "lower the warm-up or train longer"
+        )
+    last, remaining = peak * config.final_lr_fraction, num_steps - warmup
+    # The last update has count num_steps - 1 and uses exactly the final rate.
+    if config.decay == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.decay == "linear":
+        after = optax.linear_schedule(peak, last, max(1, remaining - 1))
+    elif config.decay == "cosine":
+        after = optax.cosine_decay_schedule(
+            peak, max(1, remaining - 1), alpha=config.final_lr_fraction
+        )
+    else:
+        decaying = min(remaining, max(1, round(config.decay_fraction * num_steps)))
+        stable = remaining - decaying
+        after = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, last, decaying)],
+            [max(0, stable - 1)],
+        )
+    if not warmup:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup]
+    )
+
+
+def decay_mask(params):
+    """A tree of bools: which parameters weight decay applies to."""
+    return map_with_name(
+        lambda name, leaf: leaf.ndim >= 2 and not NOT_DECAYED.search(name.lower()), params
+    )
+
+
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping, Adam, decoupled weight decay and the learning rate, in this order.
+
+    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2.
+    """
+    parts = [
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
+    ]
+    if config.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*parts)

@@ -1,0 +1,127 @@
+"""Schedules reach what they promise; decay touches matrices only; a bad step changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax import train_state
+from sora_jax.core.errors import UserError
+from sora_jax.optim import (
+    DECAYS,
+    OptimConfig,
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_schedule_rises_to_the_peak_and_ends_at_its_last_rate(decay, warmup):
+    config = OptimConfig(
+        learning_rate=2.0, warmup_steps=warmup, decay=decay, final_lr_fraction=0.1)
+    rates = np.array([learning_rate_schedule(config, 100)(i) for i in range(100)])
+    assert rates[0] > 0
+    assert np.all(np.diff(rates[: warmup + 1]) > 0)
+    np.testing.assert_allclose(rates[warmup], 2.0, rtol=1e-6)
+    assert np.all(np.diff(rates[warmup:]) <= 1e-6)
+    np.testing.assert_allclose(rates[-1], 2.0 if decay == "constant" else 0.2, rtol=1e-5)
+
+
+def test_stable_phase_keeps_the_peak_until_the_last_fifth():
+    config = OptimConfig(learning_rate=1.0, warmup_steps=10, decay="warmup_stable_decay")
+    rates = np.array([learning_rate_schedule(config, 100)(i) for i in range(100)])
+    np.testing.assert_array_equal(rates[10:80], 1.0)
+    assert rates[80] < 1.0 and rates[90] == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("decay", "cosin"), ("learning_rate", -1.0), ("b2", 1.0), ("ema_decay", 1.5), ("eps", 0.0),
+    ("final_lr_fraction", 2.0),
+])
+def test_value_out_of_range_names_its_field(field, value):
+    with pytest.raises(UserError, match=f"optim.{field} = {value!r}"):
+        OptimConfig(**{field: value})
+
+
+def test_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(UserError, match="warmup_steps = 100 must be below num_steps = 50"):
+        make_optimizer(OptimConfig(warmup_steps=100), 50)
+
+
+PARAMS = {
+    "blocks": {"attn": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))},
+               "norm_q": {"scale": jnp.ones((3, 4))}},
+    "text": {"embedding": jnp.ones((9, 4))},
+    "position_table": jnp.ones((5, 4)),
+    "head": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones((2,))},
+}
+
+
+def test_only_matrices_decay_even_when_layers_are_stacked():
+    mask = decay_mask(PARAMS)
+    assert mask["blocks"]["attn"] == {"kernel": True, "bias": False}
+    assert mask["head"] == {"kernel": True, "bias": False}
+    assert not any([mask["blocks"]["norm_q"]["scale"], mask["text"]["embedding"],
+                    mask["position_table"]])
+
+
+def test_decay_shrinks_matrices_at_zero_gradient_and_leaves_the_rest():
+    tx = make_optimizer(
+        OptimConfig(learning_rate=0.5, warmup_steps=0, decay="constant", weight_decay=0.1), 10)
+    state = train_state.create(PARAMS, tx)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    state, _ = train_state.apply_gradients(state, zeros, tx, 0.9)
+    np.testing.assert_allclose(state.params["head"]["kernel"], 0.95, rtol=1e-6)
+    np.testing.assert_array_equal(state.params["head"]["bias"], 1.0)
+
+
+def test_clipping_bounds_the_update_and_reports_the_norm_before():
+    """With b1 = b2 = 0 and a large eps Adam divides by eps: the update is the clipped gradient."""
+    tx = make_optimizer(OptimConfig(
+        learning_rate=1e6, warmup_steps=0, decay="constant", b1=0.0, b2=0.0, eps=1e6,
+        clip_norm=1.0), 10)
+    params = {"a": jnp.zeros((4,))}
+    state, metrics = train_state.apply_gradients(
+        train_state.create(params, tx), {"a": jnp.full((4,), 3.0)}, tx, 0.9)
+    assert float(metrics["grad_norm"]) == pytest.approx(6.0)
+    np.testing.assert_allclose(np.linalg.norm(state.params["a"]), 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_non_finite_step_changes_nothing_but_the_counters(bad, where):
+    tx = make_optimizer(OptimConfig(warmup_steps=0), 10)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    step = jax.jit(lambda s, g, loss: train_state.apply_gradients(s, g, tx, 0.9, loss))
+    before, _ = step(train_state.create(PARAMS, tx), grads, 1.0)
+    broken = dict(grads, head={"kernel": grads["head"]["kernel"].at[0, 0].set(bad),
+                               "bias": grads["head"]["bias"]})
+    after, metrics = step(
+        before, broken if where == "gradient" else grads, 1.0 if where == "gradient" else bad)
+    for name in ("params", "ema_params", "opt_state"):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
+    assert (int(after.step), int(after.num_skipped)) == (2, 1)
+    assert float(metrics["num_skipped"]) == 1
+    resumed, _ = step(after, grads, 1.0)
+    clean, _ = step(before, grads, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, clean.params)
+
+
+def test_average_forgets_the_start_and_then_follows_slowly():
+    assert float(train_state.ema_decay_at(0.999, 0)) == pytest.approx(0.1)
+    assert float(train_state.ema_decay_at(0.999, 90)) == pytest.approx(0.91)
+    assert float(train_state.ema_decay_at(0.999, 10**6)) == pytest.approx(0.999)
+
+
+def test_average_is_the_weighted_mean_of_parameters():
+    tx = make_optimizer(OptimConfig(learning_rate=0.1, warmup_steps=0, decay="constant"), 10)
+    state = train_state.create({"a": jnp.zeros((2,))}, tx)
+    expected = np.zeros(2)
+    for n in range(4):
+        state, _ = train_state.apply_gradients(state, {"a": jnp.ones((2,))}, tx, 0.5)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * np.asarray(state.params["a"])
+    np.testing.assert_allclose(state.ema_params["a"], expected, rtol=1e-5)
