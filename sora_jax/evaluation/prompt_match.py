@@ -1,0 +1,272 @@
+"""Reads colour, shape, direction and speed back from the pixels of a moving-shapes clip.
+
+Classical analysis that never sees the clip's state: hue tells the colour, redrawing each candidate
+at the measured place and area tells the shape, a line through the centre's track over the part of
+the clip before any bounce tells direction and speed. Every judgement compares with the prompt only
+at the end, so a measurement cannot lean towards what was asked.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from sora_jax.core.errors import UserError
+from sora_jax.data.moving_shapes.captions import Fact, parse_caption
+from sora_jax.data.moving_shapes.drawing import AREAS, EXTENTS, coverage
+from sora_jax.data.moving_shapes.vocabulary import (
+    COLOURS,
+    DIRECTIONS,
+    MIN_RADIUS_PX,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+)
+from sora_jax.data.moving_shapes.world import STRAIGHT_SHARE
+
+_NAMES = tuple(COLOURS)
+_RGB_K3 = np.array([COLOURS[name] for name in _NAMES], np.float32)
+_CHROMA_K3 = _RGB_K3 - _RGB_K3.mean(-1, keepdims=True)
+_NOMINAL_K = np.linalg.norm(_CHROMA_K3, axis=-1)  # chroma of a fully covered pixel
+
+MIN_COVERAGE = 0.35  # below this share of the nominal chroma a pixel belongs to no shape
+MAX_HUE_DEGREES = 18.0  # of a whole object from its colour's hue; neighbours are 45 or more apart
+MIN_CHROMA, MAX_CHROMA = 0.6, 1.3  # of a whole object, as a share of the nominal chroma
+MIN_IOU = 0.72  # of an object and the best redrawn shape
+MIN_PRESENCE = 0.85  # share of frames in which an object must be seen
+MAX_STRAY = 0.125  # share of frames in which something else may be seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What was measured of one object; None where it could not be."""
+
+    colour: str | None
+    shape: str | None
+    direction: str | None
+    speed: str | None
+    hue_degrees: float  # from the nearest colour's hue
+    presence: float  # share of frames
+    iou: float  # of the best shape
+    pixels_per_frame: float
+    angle_degrees: float  # of the motion, from the nearest direction
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Whether a clip shows its prompt; None where the prompt does not say. `all` is colour, shape
+    and direction of every shape of the prompt, with nothing else coloured in the clip."""
+
+    colour: bool
+    shape: bool
+    direction: bool | None
+    speed: bool | None
+    all: bool
+    seen: tuple[Seen, ...]
+
+
+def prompt_match(clips, prompts) -> dict[str, float]:
+    """Rates over clips (uint8 THWC each), "colour", "shape", "direction", "speed" and
+    "prompt_match" (all but speed), with the number of clips judged as "<name>_count".
+
+    A rate without a clip to judge is left out, its count is 0.
+    """
+    if len(clips) != len(prompts):
+        raise UserError(f"{len(clips)} clips but {len(prompts)} prompts; give one for each")
+    return summarize([match_clip(c, p) for c, p in zip(clips, prompts, strict=True)])
+
+
+def summarize(matches) -> dict[str, float]:
+    """The rates of `prompt_match` from the matches of single clips."""
+    metrics = {}
+    for name in ("colour", "shape", "direction", "speed", "all"):
+        judged = [value for m in matches if (value := getattr(m, name)) is not None]
+        label = "prompt_match" if name == "all" else name
+        if judged:
+            metrics[label] = float(np.mean(judged))
+        metrics[label + "_count"] = len(judged)
+    return metrics
+
+
+def match_clip(pixels_THWC, prompt) -> Match:
+    """Judges one uint8 RGB clip against a caption, or against the facts parsed from it.
+
+    Raises UserError for other arrays and for prompts outside the world's grammar.
+    """
+    pixels_THWC = np.asarray(pixels_THWC)
+    shape = pixels_THWC.shape
+    if pixels_THWC.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+        raise UserError(f"a clip should be uint8 of (frames, height, width, 3), not "
+                        f"{pixels_THWC.dtype} of {shape}")
+    facts: tuple[Fact, ...] = parse_caption(prompt) if isinstance(prompt, str) else tuple(prompt)
+    seen = see(pixels_THWC)
+    by_colour = {s.colour: s for s in seen}
+    asked = {fact.colour for fact in facts}
+    colour = asked == set(by_colour) and len(seen) == len(facts)
+
+    def judge(name, facts):
+        if not facts:
+            return None
+        return all(
+            f.colour in by_colour and getattr(by_colour[f.colour], name) == getattr(f, name)
+            for f in facts
+        )
+
+    shape = judge("shape", facts)
+    direction = judge("direction", [f for f in facts if f.direction])
+    return Match(
+        colour=colour,
+        shape=shape,
+        direction=direction,
+        speed=judge("speed", [f for f in facts if f.speed]),
+        all=colour and shape and direction is not False,
+        seen=seen,
+    )
+
+
+def see(pixels_THWC) -> tuple[Seen, ...]:
+    """Every coloured object of a clip. An object of no known hue has colour None."""
+    height, width = pixels_THWC.shape[1:3]
+    smallest_px = min(AREAS.values()) * _smallest_radius(height, width) ** 2
+    label_THW, coverage_THW, chroma_THW3 = _segment(pixels_THWC)
+    core_THW = _core(label_THW)
+    seen = []
+    for k in range(len(_NAMES)):
+        mine_THW = label_THW == k
+        core_T = (core_THW & mine_THW).sum((1, 2))
+        if np.mean(core_T > 0.12 * smallest_px) <= MAX_STRAY:
+            continue
+        alpha_THW = np.where(mine_THW, coverage_THW, 0)
+        seen.append(_measure(k, alpha_THW, chroma_THW3[core_THW & mine_THW], smallest_px))
+    return tuple(seen)
+
+
+def _smallest_radius(height, width):
+    return max(MIN_RADIUS_PX, SIZES["small"][0] * min(height, width))
+
+
+def _segment(pixels_THWC):
+    """Per pixel: its colour's index (-1 for the background) and the share covered by it, and its
+    chroma relative to the background's."""
+    rgb = pixels_THWC.astype(np.float32)
+    chroma_THW3 = rgb - rgb.mean(-1, keepdims=True)
+    # The background is most of any clip and has one tint, so a median over a sample finds it.
+    chroma_THW3 -= np.median(chroma_THW3[::4, ::2, ::2].reshape(-1, 3), axis=0)
+    along_THWK = chroma_THW3 @ (_CHROMA_K3 / _NOMINAL_K[:, None]).T
+    label_THW = along_THWK.argmax(-1).astype(np.int8)
+    coverage_THW = along_THWK.max(-1) / _NOMINAL_K[label_THW]
+    label_THW[coverage_THW < MIN_COVERAGE] = -1
+    return label_THW, np.minimum(coverage_THW, 1), chroma_THW3
+
+
+def _core(label_THW):
+    """Pixels whose eight neighbours have the same label: no edge, no blend of two colours."""
+    core_THW = np.zeros(label_THW.shape, bool)
+    inner = label_THW[:, 1:-1]
+    rows = (inner == label_THW[:, 2:]) & (inner == label_THW[:, :-2])
+    rows_same = label_THW[:, 1:-1, 1:-1]
+    core_THW[:, 1:-1, 1:-1] = (
+        rows[:, :, 1:-1] & rows[:, :, 2:] & rows[:, :, :-2]
+        & (rows_same == label_THW[:, 1:-1, 2:]) & (rows_same == label_THW[:, 1:-1, :-2])
+    )
+    return core_THW
+
+
+def _measure(k, alpha_THW, core_chroma_N3, smallest_px):
+    num_frames, height, width = alpha_THW.shape
+    area_T = alpha_THW.sum((1, 2))
+    presence = float(np.mean(area_T > 0.5 * smallest_px))
+    chroma_3 = np.median(core_chroma_N3, axis=0)
+    strength = np.linalg.norm(chroma_3)
+    cosine = chroma_3 @ _CHROMA_K3[k] / (strength * _NOMINAL_K[k])
+    hue = math.degrees(math.acos(min(1.0, cosine)))
+    named = (hue <= MAX_HUE_DEGREES and presence >= MIN_PRESENCE
+             and MIN_CHROMA <= strength / _NOMINAL_K[k] <= MAX_CHROMA)
+    # A shape that passes under another loses area; such frames mislead shape and place.
+    full_px = np.quantile(area_T, 0.9)
+    whole_T = area_T > 0.93 * full_px
+    centers_T2 = _centres(alpha_THW)
+    shape, iou = _shape(alpha_THW, centers_T2, area_T, whole_T)
+    velocity_2 = _velocity(centers_T2, whole_T, min(height, width))
+    direction, off_degrees = _direction(velocity_2)
+    pixels_per_frame = 0.0 if velocity_2 is None else float(np.hypot(*velocity_2))
+    return Seen(
+        colour=_NAMES[k] if named else None,
+        shape=shape,
+        direction=direction,
+        speed=_speed(pixels_per_frame / min(height, width)) if direction else None,
+        hue_degrees=hue,
+        presence=presence,
+        iou=iou,
+        pixels_per_frame=pixels_per_frame,
+        angle_degrees=off_degrees,
+    )
+
+
+def _centres(alpha_THW):
+    """Centre of area (x, y) per frame; NaN in a frame without the object."""
+    _, height, width = alpha_THW.shape
+    columns_TW, rows_TH = alpha_THW.sum(1), alpha_THW.sum(2)
+    area_T = columns_TW.sum(1)
+    with np.errstate(invalid="ignore"):
+        return np.stack([
+            columns_TW @ (np.arange(width) + 0.5) / area_T,
+            rows_TH @ (np.arange(height) + 0.5) / area_T,
+        ], axis=-1)
+
+
+def _shape(alpha_THW, centers_T2, area_T, whole_T):
+    """The shape that, redrawn at the measured centres and area, overlaps best; None below
+    MIN_IOU. At most six frames are compared."""
+    frames = np.flatnonzero(whole_T)
+    frames = frames[np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
+    alpha_THW, centers_T2 = alpha_THW[frames], centers_T2[frames]
+    _, height, width = alpha_THW.shape
+    area = np.median(area_T[frames])
+    origin_T = np.zeros(len(frames))
+    best = (0.0, None)
+    for shape in SHAPES:
+        for factor in (0.94, 1.0, 1.06):
+            radius = factor * math.sqrt(area / AREAS[shape])
+            drawn_THW = coverage(shape, radius, centers_T2, origin_T, origin_T, height, width)
+            intersection = np.minimum(drawn_THW, alpha_THW).sum()
+            iou = float(intersection / (drawn_THW.sum() + alpha_THW.sum() - intersection))
+            best = max(best, (iou, shape))
+    return (best[1] if best[0] >= MIN_IOU else None), best[0]
+
+
+def _velocity(centers_T2, whole_T, smaller_side):
+    """Pixels per frame (x, y) from a straight line through the track before any bounce, or None
+    where there is no such line."""
+    num_frames = len(centers_T2)
+    last = int(STRAIGHT_SHARE * (num_frames - 1))
+    times = np.flatnonzero(whole_T[:last + 1])
+    if len(times) < 2 or np.ptp(times) < last / 2:
+        times = np.flatnonzero(np.isfinite(centers_T2[:last + 1, 0]))
+    if len(times) < 2:
+        return None
+    track_T2 = centers_T2[times]
+    design_T2 = np.stack([np.ones(len(times)), times], axis=-1)
+    line_22, *_ = np.linalg.lstsq(design_T2, track_T2, rcond=None)
+    velocity_2 = line_22[1]
+    moved_px = np.hypot(*velocity_2) * np.ptp(times)
+    off_px = math.sqrt(np.mean(np.sum((track_T2 - design_T2 @ line_22) ** 2, axis=-1)))
+    slowest_px = 0.5 * min(SPEEDS.values()) * smaller_side * np.ptp(times)
+    if moved_px < slowest_px or off_px > 0.35 + 0.12 * moved_px:
+        return None
+    return velocity_2
+
+
+def _direction(velocity_2):
+    """The nearest of the eight directions, and how many degrees off it is."""
+    if velocity_2 is None:
+        return None, math.nan
+    speed = np.hypot(*velocity_2)
+    cosines = {name: np.dot(unit, velocity_2) / speed for name, unit in DIRECTIONS.items()}
+    name = max(cosines, key=cosines.get)
+    return name, math.degrees(math.acos(min(1.0, cosines[name])))
+
+
+def _speed(share_per_frame):
+    """The speed nearest in ratio."""
+    return min(SPEEDS, key=lambda name: abs(math.log(share_per_frame / SPEEDS[name])))
