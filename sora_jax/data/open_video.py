@@ -1,0 +1,157 @@
+"""Opening a video with every trap closed: special files, other protocols, huge frames, odd streams.
+
+Every failure of FFmpeg, whatever its type, leaves here as a DecodeError that names the file.
+Files are read through Python, never through FFmpeg's own protocols, so a playlist that names
+other files or addresses reads nothing.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+import av
+
+from sora_jax.core.errors import UserError
+
+MAX_PIXELS = 2**25
+"""Pixels of one frame: 7680x4320 just passes."""
+TINY_PIXELS = 256 * 256
+"""Frames up to this size decode in one thread: starting threads costs more than it saves."""
+
+
+class DecodeError(UserError):
+    """A file that cannot be decoded as asked; `reason` is the message without the file's name."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self):
+        return type(self), (self.name, self.reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenVideo:
+    """An open container with its chosen stream; iterate `frames()` once."""
+
+    name: str
+    container: av.container.InputContainer
+    stream: av.video.stream.VideoStream
+    max_pixels: int
+    timeout_seconds: float | None
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """Decoded frames in display order; raises DecodeError on damage or after the time limit."""
+        end = None if self.timeout_seconds is None else time.monotonic() + self.timeout_seconds
+        with explained(self.name):
+            for frame in self.container.decode(self.stream):
+                if end is not None and time.monotonic() > end:
+                    raise DecodeError(
+                        self.name, f"decoding took longer than {self.timeout_seconds:g} s"
+                    )
+                _check_pixels(self.name, frame.width, frame.height, self.max_pixels)
+                yield frame
+
+    @property
+    def rate(self) -> float:
+        """Nominal frames per second; 0 where the file does not say."""
+        stream = self.stream
+        if _has_no_times(self.container):
+            return float(stream.guessed_rate or stream.average_rate or 0)
+        return float(stream.average_rate or stream.guessed_rate or 0)
+
+
+@contextlib.contextmanager
+def explained(name: str):
+    """Turns whatever FFmpeg raises inside the block into a DecodeError that names the file."""
+    try:
+        yield
+    except DecodeError:
+        raise
+    except UserError as error:
+        raise DecodeError(name, str(error)) from error
+    except Exception as error:  # FFmpeg errors arrive as OSError, MemoryError, AttributeError, ...
+        text = str(error).split(": '<")[0].split(": '/")[0].replace("\n", " ")
+        raise DecodeError(name, f"{text or 'no reason given'} ({type(error).__name__})") from error
+
+
+@contextlib.contextmanager
+def open_video(data, *, name: str | None = None, max_pixels: int = MAX_PIXELS,
+               timeout_seconds: float | None = None, threads: int | None = None):
+    """An OpenVideo of `data` (bytes or a path), closed at the end of the block.
+
+    threads: of FFmpeg; None takes one for tiny frames, else up to four. The number changes the
+    speed only. Raises DecodeError for what is no regular file or holds no decodable video.
+    """
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        name = name or "the clip"
+        source = io.BytesIO(data)
+        if not len(data):
+            raise DecodeError(name, "is empty")
+    else:
+        name = name or os.fspath(data)
+        source = open_regular(data)
+    with source, explained(name):
+        # No protocol is allowed: FFmpeg sees only the bytes that Python hands it.
+        container = av.open(source, metadata_errors="replace",
+                            container_options={"protocol_whitelist": "none"})
+        with container:
+            stream = _best_stream(name, container)
+            pixels = _check_pixels(name, stream.width, stream.height, max_pixels)
+            context = stream.codec_context
+            if threads is None:
+                threads = 1 if pixels <= TINY_PIXELS else min(4, os.cpu_count() or 1)
+            context.thread_count = threads
+            if threads > 1:
+                context.thread_type = "AUTO"
+            yield OpenVideo(name, container, stream, max_pixels, timeout_seconds)
+
+
+def open_regular(path) -> io.BufferedReader:
+    """The file open for reading; DecodeError unless it is a regular, readable, non-empty file."""
+    name = os.fspath(path)
+    try:
+        # Without O_NONBLOCK the open of a FIFO waits for a writer for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise DecodeError(
+            name, f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+        ) from error
+    facts = os.fstat(handle)
+    if not stat.S_ISREG(facts.st_mode) or not facts.st_size:
+        os.close(handle)
+        regular = stat.S_ISREG(facts.st_mode)
+        raise DecodeError(name, "is empty" if regular else "is not a regular file")
+    return os.fdopen(handle, "rb")
+
+
+def _has_no_times(container) -> bool:
+    return container.duration is None and container.format.name in ("h264", "hevc", "m4v", "obu")
+
+
+def _best_stream(name, container):
+    """The largest moving picture; attached pictures and one-frame covers only where alone."""
+    def rank(stream):
+        context = stream.codec_context
+        cover = int(stream.disposition) & int(
+            av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails)
+        return (not cover, context.pix_fmt is not None, stream.frames != 1,
+                stream.width * stream.height, -stream.index)
+
+    streams = list(container.streams.video)
+    known = [s for s in streams if s.codec_context is not None]
+    if not known:
+        raise DecodeError(name, "holds no video stream" if not streams
+                          else "holds a video codec that this FFmpeg cannot decode")
+    return max(known, key=rank)
+
+
+def _check_pixels(name, width, height, max_pixels):
+    if width * height > max_pixels:
+        raise DecodeError(name, f"its frames of {width}x{height} are above the limit of "
+                          f"{max_pixels} pixels a frame; raise max_pixels to take them")
+    return width * height
