@@ -32,9 +32,12 @@ _NOMINAL_K = np.linalg.norm(_CHROMA_K3, axis=-1)  # chroma of a fully covered pi
 MIN_COVERAGE = 0.35  # below this share of the nominal chroma a pixel belongs to no shape
 MAX_HUE_DEGREES = 18.0  # of a whole object from its colour's hue; neighbours are 45 or more apart
 MIN_CHROMA, MAX_CHROMA = 0.6, 1.3  # of a whole object, as a share of the nominal chroma
-MIN_IOU = 0.72  # of an object and the best redrawn shape
+MIN_IOU = 0.85  # of an object and the best redrawn shape; true clips reach 0.93, blurred ones 0.90
+MIN_MARGIN = 0.03  # of that IoU over the second best shape's; true clips have 0.12, blurred 0.06
+MIN_SAME_SHAPE = 0.6  # share of the compared frames in which that shape is the best one
 MIN_PRESENCE = 0.85  # share of frames in which an object must be seen
 MAX_STRAY = 0.125  # share of frames in which something else may be seen
+STRAY_AREA = 0.12  # what counts as something: core pixels, of the smallest shape's area
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +137,10 @@ def see(pixels_THWC) -> tuple[Seen, ...]:
     for k in range(len(_NAMES)):
         mine_THW = label_THW == k
         core_T = (core_THW & mine_THW).sum((1, 2))
-        if np.mean(core_T > 0.12 * smallest_px) <= MAX_STRAY:
+        if np.mean(core_T > STRAY_AREA * smallest_px) <= MAX_STRAY:
             continue
         alpha_THW = np.where(mine_THW, coverage_THW, 0)
-        seen.append(_measure(k, alpha_THW, chroma_THW3[core_THW & mine_THW], smallest_px))
+        seen.append(_measure(k, alpha_THW, core_THW & mine_THW, chroma_THW3, smallest_px))
     return tuple(seen)
 
 
@@ -172,29 +175,32 @@ def _core(label_THW):
     return core_THW
 
 
-def _measure(k, alpha_THW, core_chroma_N3, smallest_px):
-    num_frames, height, width = alpha_THW.shape
+def _measure(k, alpha_THW, core_THW, chroma_THW3, smallest_px):
+    """What is seen of colour k, given its coverage and its core pixels."""
     area_T = alpha_THW.sum((1, 2))
     presence = float(np.mean(area_T > 0.5 * smallest_px))
-    chroma_3 = np.median(core_chroma_N3, axis=0)
-    strength = np.linalg.norm(chroma_3)
-    cosine = chroma_3 @ _CHROMA_K3[k] / (strength * _NOMINAL_K[k])
+    chroma_3 = np.median(chroma_THW3[core_THW], axis=0)
+    strength = np.linalg.norm(chroma_3) / _NOMINAL_K[k]
+    cosine = chroma_3 @ _CHROMA_K3[k] / (strength * _NOMINAL_K[k] ** 2)
     hue = math.degrees(math.acos(min(1.0, cosine)))
-    named = (hue <= MAX_HUE_DEGREES and presence >= MIN_PRESENCE
-             and MIN_CHROMA <= strength / _NOMINAL_K[k] <= MAX_CHROMA)
+    alpha_THW = np.minimum(alpha_THW / strength, 1)
     # A shape that passes under another loses area; such frames mislead shape and place.
-    full_px = np.quantile(area_T, 0.9)
-    whole_T = area_T > 0.93 * full_px
+    whole_T = area_T > 0.93 * np.quantile(area_T, 0.9)
     centers_T2 = _centres(alpha_THW)
-    shape, iou = _shape(alpha_THW, centers_T2, area_T, whole_T)
-    velocity_2 = _velocity(centers_T2, whole_T, min(height, width))
+    shape, iou, radius = _shape(alpha_THW, centers_T2, whole_T)
+    stray_T = _outside(core_THW, centers_T2, radius)
+    named = (hue <= MAX_HUE_DEGREES and presence >= MIN_PRESENCE
+             and MIN_CHROMA <= strength <= MAX_CHROMA
+             and np.mean(stray_T > STRAY_AREA * smallest_px) <= MAX_STRAY)
+    smaller_side = min(alpha_THW.shape[1:])
+    velocity_2 = _velocity(centers_T2, whole_T, smaller_side)
     direction, off_degrees = _direction(velocity_2)
     pixels_per_frame = 0.0 if velocity_2 is None else float(np.hypot(*velocity_2))
     return Seen(
         colour=_NAMES[k] if named else None,
         shape=shape,
         direction=direction,
-        speed=_speed(pixels_per_frame / min(height, width)) if direction else None,
+        speed=_speed(pixels_per_frame / smaller_side) if direction else None,
         hue_degrees=hue,
         presence=presence,
         iou=iou,
@@ -215,24 +221,73 @@ def _centres(alpha_THW):
         ], axis=-1)
 
 
-def _shape(alpha_THW, centers_T2, area_T, whole_T):
-    """The shape that, redrawn at the measured centres and area, overlaps best; None below
-    MIN_IOU. At most six frames are compared."""
+def _shape(alpha_THW, centers_T2, whole_T):
+    """The shape that overlaps best when redrawn at the measured centres and area (None where
+    none fits or two fit alike), its IoU and radius. At most six frames are compared.
+
+    Both sides are smoothed a little, so that soft edges and noise cost less overlap.
+    """
     frames = np.flatnonzero(whole_T)
     frames = frames[np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
-    alpha_THW, centers_T2 = alpha_THW[frames], centers_T2[frames]
-    _, height, width = alpha_THW.shape
-    area = np.median(area_T[frames])
-    origin_T = np.zeros(len(frames))
-    best = (0.0, None)
+    window_THW, left_T, top_T = _crop(alpha_THW[frames], centers_T2[frames])
+    height, width = window_THW.shape[1:]
+    area = np.median(window_THW.sum((1, 2)))
+    window_THW = _smooth(window_THW)
+    iou_ST, radius_S = [], []
     for shape in SHAPES:
-        for factor in (0.94, 1.0, 1.06):
+        best = (-1.0, None, None)
+        for factor in (0.88, 0.94, 1.0, 1.06):
             radius = factor * math.sqrt(area / AREAS[shape])
-            drawn_THW = coverage(shape, radius, centers_T2, origin_T, origin_T, height, width)
-            intersection = np.minimum(drawn_THW, alpha_THW).sum()
-            iou = float(intersection / (drawn_THW.sum() + alpha_THW.sum() - intersection))
-            best = max(best, (iou, shape))
-    return (best[1] if best[0] >= MIN_IOU else None), best[0]
+            drawn_THW = _smooth(coverage(
+                shape, radius, centers_T2[frames], left_T, top_T, height, width))
+            shared_T = np.minimum(drawn_THW, window_THW).sum((1, 2))
+            iou_T = shared_T / (drawn_THW.sum((1, 2)) + alpha_THW[frames].sum((1, 2)) - shared_T)
+            best = max(best, (float(iou_T.mean()), radius, iou_T), key=lambda b: b[0])
+        iou_ST.append(best[2])
+        radius_S.append(best[1])
+    iou_ST = np.stack(iou_ST)
+    order = np.argsort(iou_ST.mean(1))
+    first, second = order[-1], order[-2]
+    iou = float(iou_ST[first].mean())
+    clear = (iou >= MIN_IOU and iou - iou_ST[second].mean() >= MIN_MARGIN
+             and np.mean(iou_ST.argmax(0) == first) >= MIN_SAME_SHAPE)
+    return (SHAPES[first] if clear else None), iou, radius_S[first]
+
+
+def _crop(alpha_THW, centers_T2):
+    """Windows around the centres that hold any shape of this area, and their first pixels.
+
+    What lies outside the windows still counts against the overlap, through the whole area.
+    """
+    num_frames, height, width = alpha_THW.shape
+    radius = math.sqrt(np.median(alpha_THW.sum((1, 2))) / min(AREAS.values()))
+    side = math.ceil(2 * 1.06 * radius * max(map(max, EXTENTS.values()))) + 4
+    box_height, box_width = min(side, height), min(side, width)
+    left_T = np.clip(np.floor(centers_T2[:, 0] - side / 2), 0, width - box_width).astype(int)
+    top_T = np.clip(np.floor(centers_T2[:, 1] - side / 2), 0, height - box_height).astype(int)
+    windows_THW = np.stack([
+        alpha_THW[t, top_T[t]:top_T[t] + box_height, left_T[t]:left_T[t] + box_width]
+        for t in range(num_frames)
+    ])
+    return windows_THW, left_T, top_T
+
+
+def _smooth(alpha_THW):
+    """Weights (1, 2, 1) / 4 along height and width, zero outside."""
+    padded = np.pad(alpha_THW, ((0, 0), (1, 1), (1, 1)))
+    padded = 0.25 * (padded[:, 2:] + 2 * padded[:, 1:-1] + padded[:, :-2])
+    return 0.25 * (padded[:, :, 2:] + 2 * padded[:, :, 1:-1] + padded[:, :, :-2])
+
+
+def _outside(core_THW, centers_T2, radius):
+    """Core pixels per frame that lie beyond the reach of a shape at the centre: another object
+    of the same colour."""
+    _, height, width = core_THW.shape
+    reach = 1.3 * radius + 2
+    x_TW = np.arange(width) + 0.5 - centers_T2[:, :1]
+    y_TH = np.arange(height) + 0.5 - centers_T2[:, 1:]
+    far_THW = y_TH[:, :, None] ** 2 + x_TW[:, None, :] ** 2 > reach**2
+    return (core_THW & far_THW).sum((1, 2))
 
 
 def _velocity(centers_T2, whole_T, smaller_side):
