@@ -1,0 +1,76 @@
+"""Which windows of which records are encoded, at which size: a pure function of the specs."""
+
+import dataclasses
+import logging
+
+from sora_jax.core.errors import UserError
+from sora_jax.core.shapes import Compression, VideoSpec
+from sora_jax.data.decode import decode_video
+from sora_jax.data.transforms import ClipWindow, choose_size, windows
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipOptions:
+    """How records are cut into clips for the latent cache."""
+
+    max_frames: int  # of a clip; a clip has 1 + k * (time compression) frames
+    max_pixels: int  # height * width of a clip
+    target_fps: float | None = None  # faster records are resampled to it; None keeps every rate
+    max_windows: int = 1  # clips of one record, without overlap
+
+    def __str__(self):
+        """Readable text for the key of a latent cache."""
+        rate = "own fps" if self.target_fps is None else f"up to {self.target_fps:g} fps"
+        return (f"up to {self.max_frames} frames of {self.max_pixels} pixels, {rate}, "
+                f"{self.max_windows} windows")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedClip:
+    """A window of a record and its size after cropping and resizing."""
+
+    record: int
+    window: ClipWindow
+    spec: VideoSpec
+
+
+def clip_plan(source, options: ClipOptions, compression: Compression,
+              patch=(1, 1, 1)) -> list[PlannedClip]:
+    """Clips of all records, in the order of records and windows; equal `spec`s can be encoded
+    together. Sizes are multiples of the VAE's compression times the patch (pt, ph, pw) in latents.
+
+    Records smaller than one such block are left out and counted in the log. Raises UserError where
+    none is left.
+    """
+    pt, ph, pw = patch
+    if pt != 1:
+        raise UserError(f"patch = {tuple(patch)} covers {pt} latent frames; only 1 is planned, "
+                        "because lengths are 1 + k frames")
+    multiple = compression.space * max(ph, pw)
+    specs = source.specs()
+    planned, num_small = [], 0
+    for record in range(len(source)):
+        height, width = int(specs.height[record]), int(specs.width[record])
+        if min(height, width) < multiple:
+            num_small += 1
+            continue
+        size = choose_size(height, width, options.max_pixels, multiple)
+        for window in windows(int(specs.num_frames[record]), float(specs.fps[record]),
+                              options.target_fps, options.max_frames, compression.time,
+                              options.max_windows):
+            planned.append(PlannedClip(record, window, VideoSpec(window.num_frames, *size)))
+    if num_small:
+        logging.warning("%d of %d records are smaller than %dx%d and are left out", num_small,
+                        len(source), multiple, multiple)
+    if not planned:
+        raise UserError(f"none of the {len(source)} records has a clip to encode: each must be at "
+                        f"least {multiple}x{multiple} pixels; use larger videos")
+    return planned
+
+
+def decode_clip(video: bytes, window: ClipWindow, height: int, width: int, name: str):
+    """pixels_THWC uint8 of a window at a size, cut where the aspect differs. Raises DecodeError."""
+    return decode_video(
+        video, start_frame=window.start_frame, num_frames=window.num_frames,
+        fps=window.fps if window.resampled else None, height=height, width=width, name=name,
+    ).pixels_THWC

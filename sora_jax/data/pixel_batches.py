@@ -1,0 +1,199 @@
+"""Batches of pixels for training a VAE: a step has one size, drawn with its clips by the step."""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from sora_jax.core.errors import UserError
+from sora_jax.core.rng import numpy_stream
+from sora_jax.data import transforms
+from sora_jax.data.clip_plan import decode_clip
+from sora_jax.data.pipeline import ENDLESS_STEPS, UnreadableBudget, iterate
+
+MAX_DRAWS = 20  # records tried for one place of a batch before it stays empty
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelSize:
+    """One size of a batch; frames = 1 draws still images. `batch` is global."""
+
+    frames: int
+    height: int
+    width: int
+    weight: float
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelConfig:
+    """What pixel batches are drawn from."""
+
+    sizes: tuple[PixelSize, ...]
+    target_fps: float | None = None  # faster records are resampled to it; None keeps every rate
+    resize_share: float = 0.5  # share of clips shrunk by a random factor before they are cropped
+    segment_frames: int = 64  # longer records are decoded and kept in segments of this length
+    cache_bytes: int = 2**30  # of decoded pixels kept in memory
+
+    def __post_init__(self):
+        if not self.sizes:
+            raise UserError("pixels.sizes is empty; it needs at least one (frames, height, width, "
+                            "weight, batch)")
+        for size in self.sizes:
+            if min(size.frames, size.height, size.width, size.batch) < 1 or not size.weight > 0:
+                raise UserError(f"{size} must have positive frames, height, width, weight, batch")
+
+
+class DecodedCache:
+    """Least recently used decoded clips, up to a budget in bytes; thread-safe."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._kept: collections.OrderedDict = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array of `key`, made by `make` (outside the lock) where it is not kept."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        array = make()
+        array.setflags(write=False)
+        with self._lock:
+            if key not in self._kept and array.nbytes <= self._max_bytes:
+                self._kept[key] = array
+                self._bytes += array.nbytes
+                while self._bytes > self._max_bytes:
+                    self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return array
+
+
+class PixelBatches:
+    """`batch(step)` is a pure function of the step: {"pixels_BTHWC": float32 in [-1, 1]}, this
+    process's share of the global batch. A record that cannot be read is replaced by another draw
+    and counted against a budget."""
+
+    def __init__(self, source, config: PixelConfig, seed: int, num_steps: int, process_index: int,
+                 process_count: int, max_unreadable: int, num_threads: int, num_prefetch: int):
+        if not len(source):
+            raise UserError("the dataset has no clips: there are no pixels to train on")
+        for size in config.sizes:
+            if size.batch % process_count:
+                raise UserError(f"{size}: batch must be a multiple of {process_count} processes")
+        self._source, self._config, self._seed = source, config, seed
+        self._num_steps, self._threads, self._prefetch = num_steps, num_threads, num_prefetch
+        self._process = process_index, process_count
+        self._budget = UnreadableBudget(min(max_unreadable, len(source) - 1), "the dataset")
+        self._cache = DecodedCache(config.cache_bytes)
+        self._plan_records()
+
+    def __len__(self):
+        return self._num_steps
+
+    def size(self, step: int) -> PixelSize:
+        """The size of the batch of `step`."""
+        weights = np.array([size.weight for size in self._config.sizes])
+        rng = numpy_stream(self._seed, "pixel_size", step)
+        return self._config.sizes[rng.choice(len(weights), p=weights / weights.sum())]
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's part of the batch of `step`."""
+        size = self.size(step)
+        index, count = self._process
+        rows = range(size.batch // count * index, size.batch // count * (index + 1))
+        pixels = np.zeros((len(rows), size.frames, size.height, size.width, 3), np.float32)
+        for local, row in enumerate(rows):
+            clip = self._draw(size, numpy_stream(self._seed, "pixel_clip", step, row))
+            if clip is not None:
+                pixels[local] = transforms.to_float(clip)
+        return {"pixels_BTHWC": pixels}
+
+    def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """`batch(step)` from `start_step` on, prefetched. Raises UserError when more records
+        cannot be read than the budget allows."""
+        for batch in iterate(self.batch, start_step, self._num_steps, self._threads,
+                             self._prefetch):
+            self._budget.check()
+            yield batch
+
+    def _plan_records(self):
+        """Frames at the target rate, kept size of every record, and the records of each size."""
+        specs, config = self._source.specs(), self._config
+        self._windows = [
+            transforms.windows(int(n), float(fps), config.target_fps, int(n), 1)[0]
+            for n, fps in zip(specs.num_frames, specs.fps, strict=True)
+        ]
+        frames_R = np.array([window.num_frames for window in self._windows])
+        height_R, width_R = np.asarray(specs.height), np.asarray(specs.width)
+        self._records, scale_R = {}, np.zeros(len(self._source))
+        for size in config.sizes:
+            fits_R = ((frames_R >= size.frames) & (height_R >= size.height)
+                      & (width_R >= size.width))
+            if not fits_R.any():
+                raise UserError(
+                    f"no record holds {size.frames} frames of {size.height}x{size.width} (most "
+                    f"frames {frames_R.max()}, largest {height_R.max()}x{width_R.max()}); ask "
+                    "for a smaller size"
+                )
+            self._records[size] = np.flatnonzero(fits_R)
+            cover_R = np.maximum(size.height / height_R, size.width / width_R)
+            scale_R = np.where(fits_R, np.maximum(scale_R, cover_R), scale_R)
+        self._kept_size = np.stack([np.ceil(height_R * scale_R - 1e-6),
+                                    np.ceil(width_R * scale_R - 1e-6)], axis=1).astype(int)
+        self._segment = max([config.segment_frames, *(size.frames for size in config.sizes)])
+
+    def _draw(self, size, rng):
+        """pixels_THWC uint8 of a random crop of a random record; None where none can be read."""
+        for _ in range(MAX_DRAWS):
+            record = int(rng.choice(self._records[size]))
+            num_frames = self._windows[record].num_frames
+            length = min(self._segment, num_frames)
+            segment = int(rng.integers(-(-num_frames // length)))
+            first = min(segment * length, num_frames - length)
+            draws = rng.random(5)
+            try:
+                pixels = self._cache.get(
+                    (record, first), lambda: self._decode(record, first, length)  # noqa: B023
+                )
+            except Exception as error:  # it must not be raised inside Grain's map
+                self._budget.count(f"record {record}", error)
+                continue
+            return self._crop(pixels, size, draws)
+        return None
+
+    def _decode(self, record, first, length):
+        window = dataclasses.replace(self._windows[record], start_frame=first, num_frames=length)
+        item = self._source[record]
+        height, width = self._kept_size[record]
+        return decode_clip(item.video_bytes, window, int(height), int(width), item.id)
+
+    def _crop(self, pixels_THWC, size, draws):
+        T, H, W, _ = pixels_THWC.shape
+        start = int(draws[0] * (T - size.frames + 1))
+        pixels_THWC = pixels_THWC[start : start + size.frames]
+        cover = max(size.height / H, size.width / W)
+        if draws[1] < self._config.resize_share and cover < 1:
+            scale = cover ** draws[2]  # log-uniform between covering the crop and full size
+            H, W = max(size.height, round(H * scale)), max(size.width, round(W * scale))
+            pixels_THWC = transforms.resize(pixels_THWC, H, W)
+        top, left = int(draws[3] * (H - size.height + 1)), int(draws[4] * (W - size.width + 1))
+        return transforms.crop(pixels_THWC, top, left, size.height, size.width)
+
+
+def pixel_batches(
+    source,
+    config: PixelConfig,
+    seed: int,
+    num_steps: int = ENDLESS_STEPS,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_unreadable: int = 10,
+    num_threads: int = 2,
+    num_prefetch: int = 4,
+) -> PixelBatches:
+    """Pixel batches of a dataset. Raises UserError where a size fits no record."""
+    return PixelBatches(source, config, seed, num_steps, process_index, process_count,
+                        max_unreadable, num_threads, num_prefetch)
