@@ -1,0 +1,314 @@
+"""Causal 3-D video VAE in the layout of Wan 2.1: an image is a clip of one frame.
+
+Frame 0 is a latent of its own; after it one latent covers `compression.time` frames. Nothing looks
+ahead, so the latents of the first 1 + 4k frames are a prefix of the latents of the whole clip.
+
+Source: Wan 2.1 (arXiv 2503.20314), section 4.1; the layout was checked against the published class
+(tests/parity/test_wan21_vae.py).
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sora_jax.core.errors import UserError
+from sora_jax.core.shapes import Compression, VideoSpec
+from sora_jax.models.causal_conv import CausalConv
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoVAEConfig:
+    """Shape of the VAE. Levels run from the finest to the coarsest, in encoder and decoder."""
+
+    encoder_dims: tuple[int, ...]
+    """Channels of the encoder at each level."""
+    decoder_dims: tuple[int, ...]
+    """Channels of the decoder at each level."""
+    z_dim: int
+    """Channels of the latent."""
+    temporal_downsample: tuple[bool, ...]
+    """Whether the step from level i to i + 1 also halves time (one entry less than levels)."""
+    num_res_blocks: int = 2
+    """Residual blocks per level of the encoder; the decoder has one more."""
+    num_mid_blocks: int = 2
+    """Residual blocks at the coarsest level around its attention: 0, 1 (before) or 2 (both)."""
+    temporal_kernels: tuple[int, ...] = ()
+    """Temporal kernel (1 or 3) of each level; empty = 3 everywhere. The middle takes the last,
+    the convolution at the pixels the first."""
+    latent_temporal_kernel: int = 3
+    """Temporal kernel of the convolutions next to the latent."""
+    patch_size: int = 1
+    """Pixels per side folded into channels before the first convolution."""
+    in_channels: int = 3
+    norm_eps: float = 1e-6
+    """Added to the mean square in RMS norms; 0 in published weights."""
+
+    def __post_init__(self):
+        levels = len(self.encoder_dims)
+        if levels < 1 or len(self.decoder_dims) != levels:
+            raise UserError(
+                f"vae encoder_dims {self.encoder_dims} and decoder_dims {self.decoder_dims} "
+                f"should have one entry per level each")
+        if len(self.temporal_downsample) != levels - 1:
+            raise UserError(
+                f"vae temporal_downsample {self.temporal_downsample} should have "
+                f"{levels - 1} entries, one per step between the {levels} levels")
+        if self.temporal_kernels and len(self.temporal_kernels) != levels:
+            raise UserError(
+                f"vae temporal_kernels {self.temporal_kernels} should have {levels} entries, "
+                f"one per level, or be empty (3 everywhere)")
+        if not {*self.temporal_kernels, self.latent_temporal_kernel} <= {1, 3}:
+            raise UserError(
+                f"vae temporal kernels {self.temporal_kernels}, {self.latent_temporal_kernel}: "
+                f"each must be 1 or 3")
+        if self.num_mid_blocks not in (0, 1, 2):
+            raise UserError(f"vae num_mid_blocks = {self.num_mid_blocks}; allowed are 0, 1, 2")
+        if any(dim % 2 for dim in self.decoder_dims[1:]):
+            raise UserError(
+                f"vae decoder_dims {self.decoder_dims}: all but the first are halved by "
+                f"upsampling and must be even")
+        if min(*self.encoder_dims, *self.decoder_dims, self.z_dim, self.patch_size) < 1:
+            raise UserError("vae dims, z_dim and patch_size must be positive")
+
+    @property
+    def compression(self) -> Compression:
+        return Compression(
+            time=2 ** sum(self.temporal_downsample),
+            space=self.patch_size * 2 ** (len(self.encoder_dims) - 1))
+
+    def kernel(self, level: int) -> tuple[int, int, int]:
+        """Kernel (kt, 3, 3) of the residual blocks of a level."""
+        return (self.temporal_kernels[level] if self.temporal_kernels else 3, 3, 3)
+
+    @property
+    def latent_kernel(self) -> tuple[int, int, int]:
+        return (self.latent_temporal_kernel, 3, 3)
+
+
+def fold_pixels(pixels_BTHWC, patch: int):
+    """Patches of patch x patch pixels as channels, ordered (channel, column, row) as in Wan 2.2."""
+    if patch == 1:
+        return pixels_BTHWC
+    rows, frames, height, width, channels = pixels_BTHWC.shape
+    x = pixels_BTHWC.reshape(
+        rows, frames, height // patch, patch, width // patch, patch, channels)
+    x = x.transpose(0, 1, 2, 4, 6, 5, 3)
+    return x.reshape(rows, frames, height // patch, width // patch, channels * patch * patch)
+
+
+def unfold_pixels(x_BTHWC, patch: int):
+    """The inverse of `fold_pixels`."""
+    if patch == 1:
+        return x_BTHWC
+    rows, frames, height, width, folded = x_BTHWC.shape
+    channels = folded // patch**2
+    x = x_BTHWC.reshape(rows, frames, height, width, channels, patch, patch)
+    x = x.transpose(0, 1, 2, 6, 3, 5, 4)
+    return x.reshape(rows, frames, height * patch, width * patch, channels)
+
+
+class RMSNorm(nn.Module):
+    """Each position scaled to mean square 1 over its channels, in float32, times "gamma"."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        gamma = self.param(
+            "gamma", nn.with_logical_partitioning(nn.initializers.ones, (None,)),
+            (x_BTHWC.shape[-1],))
+        x = x_BTHWC.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps
+        return (x * jax.lax.rsqrt(jnp.maximum(mean_square, 1e-24)) * gamma).astype(x_BTHWC.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """x (projected by 1x1x1 where the channels change) + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    features: int
+    kernel_size: tuple[int, int, int]
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        shortcut_BTHWC = x_BTHWC
+        if x_BTHWC.shape[-1] != self.features:
+            shortcut_BTHWC = CausalConv(self.features, (1, 1, 1), name="shortcut")(x_BTHWC)
+        for i in (1, 2):
+            x_BTHWC = nn.silu(RMSNorm(self.eps, name=f"norm_{i}")(x_BTHWC))
+            x_BTHWC = CausalConv(self.features, self.kernel_size, name=f"conv_{i}")(x_BTHWC)
+        return shortcut_BTHWC + x_BTHWC
+
+
+class FrameAttention(nn.Module):
+    """x + one-head self-attention among the positions of each frame."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        rows, frames, height, width, channels = x_BTHWC.shape
+        y = RMSNorm(self.eps, name="norm")(x_BTHWC)
+        y = CausalConv(3 * channels, (1, 1, 1), name="qkv")(y)
+        y = y.reshape(rows * frames, height * width, 3, channels)
+        q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
+        scores = jnp.einsum("nqc,nkc->nqk", q * channels**-0.5, k)
+        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(y.dtype)
+        y = jnp.einsum("nqk,nkc->nqc", weights, v).reshape(x_BTHWC.shape)
+        return x_BTHWC + CausalConv(channels, (1, 1, 1), name="proj")(y)
+
+
+class Middle(nn.Module):
+    """Residual block, attention inside each frame, residual block, at the coarsest level."""
+
+    config: VideoVAEConfig
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        config, features = self.config, x_BTHWC.shape[-1]
+        kernel = config.kernel(-1)
+        if config.num_mid_blocks >= 1:
+            x_BTHWC = ResidualBlock(features, kernel, config.norm_eps, name="block_0")(x_BTHWC)
+        x_BTHWC = FrameAttention(config.norm_eps, name="attention")(x_BTHWC)
+        if config.num_mid_blocks >= 2:
+            x_BTHWC = ResidualBlock(features, kernel, config.norm_eps, name="block_1")(x_BTHWC)
+        return x_BTHWC
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and with `time` the frames after the first.
+
+    Frame 0 passes the temporal convolution by; output frame k >= 1 sees frames 2k-2 .. 2k.
+    """
+
+    time: bool
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        features = x_BTHWC.shape[-1]
+        x_BTHWC = CausalConv(
+            features, (1, 3, 3), space_stride=2, space_pad=((0, 1), (0, 1)), name="space_conv",
+        )(x_BTHWC)
+        if not self.time:
+            return x_BTHWC
+        time_conv = CausalConv(features, (3, 1, 1), time_stride=2, pad_time=False,
+                               name="time_conv")
+        if x_BTHWC.shape[1] == 1 and not self.is_initializing():
+            return x_BTHWC
+        if self.is_initializing():
+            time_conv(jnp.concatenate([x_BTHWC[:, :1]] * 3, axis=1))
+            if x_BTHWC.shape[1] == 1:
+                return x_BTHWC
+        return jnp.concatenate([x_BTHWC[:, :1], time_conv(x_BTHWC)], axis=1)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width (halving channels), and with `time` the frames after the first.
+
+    Frame 0 is neither doubled nor seen by the temporal convolution; every later frame becomes two,
+    one from each half of its channels.
+    """
+
+    time: bool
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        features = x_BTHWC.shape[-1]
+        if self.time:
+            time_conv = CausalConv(2 * features, (3, 1, 1), name="time_conv")
+            if self.is_initializing():
+                time_conv(x_BTHWC)
+            if x_BTHWC.shape[1] > 1:
+                x_BTHWC = jnp.concatenate(
+                    [x_BTHWC[:, :1], _double_frames(time_conv(x_BTHWC[:, 1:]))], axis=1)
+        x_BTHWC = x_BTHWC.repeat(2, axis=2).repeat(2, axis=3)
+        return CausalConv(features // 2, (1, 3, 3), name="space_conv")(x_BTHWC)
+
+
+def _double_frames(x_BTHWC):
+    rows, frames, height, width, channels = x_BTHWC.shape
+    x = x_BTHWC.reshape(rows, frames, height, width, 2, channels // 2)
+    return x.transpose(0, 1, 4, 2, 3, 5).reshape(rows, 2 * frames, height, width, channels // 2)
+
+
+class Encoder(nn.Module):
+    """Folded pixels -> mean and log variance stacked on channels (2 * z_dim)."""
+
+    config: VideoVAEConfig
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        config = self.config
+        x_BTHWC = CausalConv(config.encoder_dims[0], config.kernel(0), name="conv_in")(x_BTHWC)
+        for level, features in enumerate(config.encoder_dims):
+            for i in range(config.num_res_blocks):
+                x_BTHWC = ResidualBlock(features, config.kernel(level), config.norm_eps,
+                                        name=f"level_{level}_block_{i}")(x_BTHWC)
+            if level < len(config.encoder_dims) - 1:
+                x_BTHWC = Downsample(config.temporal_downsample[level],
+                                     name=f"level_{level}_down")(x_BTHWC)
+        x_BTHWC = Middle(config, name="middle")(x_BTHWC)
+        x_BTHWC = nn.silu(RMSNorm(config.norm_eps, name="norm_out")(x_BTHWC))
+        return CausalConv(2 * config.z_dim, config.latent_kernel, name="conv_out")(x_BTHWC)
+
+
+class Decoder(nn.Module):
+    """Latents -> folded pixels."""
+
+    config: VideoVAEConfig
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        config = self.config
+        x_BTHWC = CausalConv(
+            config.decoder_dims[-1], config.latent_kernel, name="conv_in")(x_BTHWC)
+        x_BTHWC = Middle(config, name="middle")(x_BTHWC)
+        for level in reversed(range(len(config.decoder_dims))):
+            for i in range(config.num_res_blocks + 1):
+                x_BTHWC = ResidualBlock(config.decoder_dims[level], config.kernel(level),
+                                        config.norm_eps, name=f"level_{level}_block_{i}")(x_BTHWC)
+            if level > 0:
+                x_BTHWC = Upsample(config.temporal_downsample[level - 1],
+                                   name=f"level_{level}_up")(x_BTHWC)
+        x_BTHWC = nn.silu(RMSNorm(config.norm_eps, name="norm_out")(x_BTHWC))
+        return CausalConv(config.in_channels * config.patch_size**2, config.kernel(0),
+                          name="conv_out")(x_BTHWC)
+
+
+class VideoVAE(nn.Module):
+    """The VAE. Pixels are float in [-1, 1]; it computes in the dtype of its input."""
+
+    config: VideoVAEConfig
+
+    def setup(self):
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+        self.quant_conv = CausalConv(2 * self.config.z_dim, (1, 1, 1))
+        self.post_quant_conv = CausalConv(self.config.z_dim, (1, 1, 1))
+
+    @property
+    def compression(self) -> Compression:
+        return self.config.compression
+
+    def encode(self, pixels_BTHWC):
+        """(mean_BTHWC, logvar_BTHWC) of the posterior, neither normalised nor clipped.
+
+        Raises UserError where frames are not 1 + k * time or sides do not divide.
+        """
+        self.compression.check(VideoSpec(*pixels_BTHWC.shape[1:4]))
+        moments_BTHWC = self.quant_conv(
+            self.encoder(fold_pixels(pixels_BTHWC, self.config.patch_size)))
+        mean_BTHWC, logvar_BTHWC = jnp.split(moments_BTHWC, 2, axis=-1)
+        return mean_BTHWC, logvar_BTHWC
+
+    def decode(self, latents_BTHWC, clip: bool = False):
+        """Pixels of latents that are not normalised; clipped to [-1, 1] only where asked."""
+        pixels_BTHWC = unfold_pixels(
+            self.decoder(self.post_quant_conv(latents_BTHWC)), self.config.patch_size)
+        return jnp.clip(pixels_BTHWC, -1, 1) if clip else pixels_BTHWC
+
+    def __call__(self, pixels_BTHWC):
+        """Reconstruction from the mean; what `init` traces."""
+        return self.decode(self.encode(pixels_BTHWC)[0])
