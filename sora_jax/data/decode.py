@@ -75,7 +75,8 @@ def num_frames_at(num_frames: int, fps: float, target_fps: float) -> int:
     """How many frames `decode_video(fps=target_fps)` makes of num_frames at fps."""
     if num_frames <= 1 or fps <= 0:
         return num_frames
-    return int((num_frames - 1) * target_fps / fps + 0.25) + 1
+    # A hair below the quarter interval of _resampled, since fps may be rounded to float32.
+    return int((num_frames - 1) * target_fps / fps + 0.249) + 1
 
 
 def decode_video(
