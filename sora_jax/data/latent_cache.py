@@ -79,7 +79,8 @@ class CacheWriter:
     def add(self, id: str, latents_THWC, captions, frames: int, height: int, width: int,
             fps: float) -> None:
         """Appends one clip. Raises UserError on latents that are not finite or no 4-D array."""
-        latents = np.asarray(latents_THWC, DTYPE)
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            latents = np.asarray(latents_THWC, DTYPE)
         if latents.ndim != 4 or latents.shape[-1] != self._channels:
             raise UserError(
                 f"latents of {id} have shape {latents.shape}; it should be (T, H, W, "

@@ -20,7 +20,8 @@ OPEN_ROWS = 64  # rows of a window that may still grow; DESIGN section 4: 64-128
 MIN_BLOCK_CLIPS = 8192
 MIN_BLOCK_STEPS = 16
 LOOSE_SHARE = 0.97  # a row less full than this is packed again together with other windows' rows
-SLACK_SHARE = 0.02  # rows kept free in each block, because blocks of one dataset differ a little
+TRIED_BLOCKS = 3  # blocks planned to find how many rows every block gets
+SLACK_SHARE = 0.02  # rows added to that, because blocks of one dataset differ a little
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +135,12 @@ def block_epochs(lengths: ClipLengths, config: PackingConfig) -> int:
 
 
 def plan_steps(lengths: ClipLengths, config: PackingConfig, seed: int) -> int:
-    """Steps of every block: what block 0 needs plus SLACK_SHARE, in whole batches."""
-    rng = numpy_stream(seed, "packing", 0)
-    clips_O, captions_O = _draw(lengths, config, rng, block_epochs(lengths, config))
-    row_O = _pack(*_sizes(lengths, config, clips_O, captions_O), config)
-    return -(-int((1 + SLACK_SHARE) * (row_O.max() + 1) + 1) // config.rows)
+    """Steps of every block: what the first blocks need plus SLACK_SHARE, in whole batches."""
+    most = 0
+    for block in range(TRIED_BLOCKS):
+        rng = numpy_stream(seed, "packing", block)
+        most = max(most, _draw_packed(lengths, config, rng)[2].max() + 1)
+    return -(-int((1 + SLACK_SHARE) * most + 1) // config.rows)
 
 
 def plan_block(
@@ -147,15 +149,11 @@ def plan_block(
     """The rows of a block of `num_steps` steps (from `plan_steps`). Pure."""
     rng = numpy_stream(seed, "packing", block)
     num_rows = num_steps * config.rows
-    epochs = block_epochs(lengths, config)
-    clips_O, captions_O = _draw(lengths, config, rng, epochs)
-    row_O = _pack(*_sizes(lengths, config, clips_O, captions_O), config)
-    for _ in range(8):
+    for _ in range(64):  # a second draw is rare: it takes unusually long captions
+        clips_O, captions_O, row_O = _draw_packed(lengths, config, rng)
         if row_O.max() < num_rows:
             break
-        clips_O, captions_O = _draw(lengths, config, rng, epochs)
-        row_O = _pack(*_sizes(lengths, config, clips_O, captions_O), config)
-    assert row_O.max() < num_rows, "a block needs more rows than block 0 with its slack"
+    assert row_O.max() < num_rows, "64 draws of a block need more rows than its steps have"
     more_clips, more_captions, more_rows = _fill(
         lengths, config, rng, num_rows, row_O, *_sizes(lengths, config, clips_O, captions_O)
     )
@@ -176,10 +174,13 @@ def plan_block(
     )
 
 
-def _draw(lengths, config, rng, epochs):
-    """(clips_O, captions_O): `epochs` permutations of the clips, each with a drawn caption."""
+def _draw_packed(lengths, config, rng):
+    """(clips_O, captions_O, row_O) of whole epochs: permutations of the clips, each with a drawn
+    caption, and the rows they are packed in."""
+    epochs = block_epochs(lengths, config)
     clips_O = np.concatenate([rng.permutation(len(lengths)) for _ in range(epochs)])
-    return clips_O, _draw_captions(lengths, config, rng, clips_O)
+    captions_O = _draw_captions(lengths, config, rng, clips_O)
+    return clips_O, captions_O, _pack(*_sizes(lengths, config, clips_O, captions_O), config)
 
 
 def _draw_captions(lengths, config, rng, clips_O):

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from sora_jax.core.errors import UserError
+from sora_jax.core.shapes import nearest_multiples
 from sora_jax.data import packed_rows, packing
 from sora_jax.data.latent_cache import LatentCache
 
@@ -26,6 +27,7 @@ class UnreadableBudget:
     def __init__(self, allowed: int, what: str):
         self._allowed, self._what = allowed, what
         self._ids: set[str] = set()
+        self._given_up = False
         self._lock = threading.Lock()
 
     def count(self, id: str, error: Exception) -> None:
@@ -37,13 +39,17 @@ class UnreadableBudget:
             logging.warning("cannot read %s of %s (%d of %d allowed): %s",
                             id, self._what, num, self._allowed, error)
 
+    def give_up(self) -> None:
+        """The budget counts as spent, whatever it allows: nothing readable was found."""
+        self._given_up = True
+
     @property
     def num_unreadable(self) -> int:
         return len(self._ids)
 
     def check(self) -> None:
         """Raises UserError when more records failed than the budget allows."""
-        if len(self._ids) > self._allowed:
+        if self._given_up or len(self._ids) > self._allowed:
             some = ", ".join(sorted(self._ids)[:5])
             raise UserError(
                 f"{len(self._ids)} records of {self._what} cannot be read and max_unreadable is "
@@ -80,14 +86,16 @@ class PackedBatches:
         if config.rows % process_count:
             raise UserError(
                 f"packing.rows = {config.rows} must be a multiple of the {process_count} "
-                f"processes; near are {[r for r in _near(config.rows, process_count)]}"
+                f"processes; near are {_near(config.rows, process_count)}"
             )
         self.config, self.patch = config, tuple(patch)
         self._cache, self._seed, self._num_steps = cache, seed, num_steps
         per_process = config.rows // process_count
         self._rows = range(per_process * process_index, per_process * (process_index + 1))
         self._threads, self._prefetch = num_threads, num_prefetch
-        self._budget = UnreadableBudget(max_unreadable, f"latent cache {cache.directory}")
+        self._budget = UnreadableBudget(
+            min(max_unreadable, len(cache) - 1), f"latent cache {cache.directory}"
+        )
         self.lengths = packing.ClipLengths(
             tokens_C=packed_rows.num_tokens(cache.shape_C3, self.patch).astype(np.int64),
             caption_tokens_K=1 + cache.caption_bytes_K.astype(np.int64),
@@ -191,6 +199,5 @@ def packed_batches(
                          max_unreadable, num_threads, num_prefetch)
 
 
-def _near(rows: int, count: int):
-    low = rows // count * count
-    return (low, low + count) if low else (count,)
+def _near(rows: int, count: int) -> str:
+    return " and ".join(str(near) for near in nearest_multiples(rows, count))

@@ -86,7 +86,7 @@ class PixelBatches:
         self._source, self._config, self._seed = source, config, seed
         self._num_steps, self._threads, self._prefetch = num_steps, num_threads, num_prefetch
         self._process = process_index, process_count
-        self._budget = UnreadableBudget(min(max_unreadable, len(source) - 1), "the dataset")
+        self._budget = UnreadableBudget(max_unreadable, "the dataset")
         self._cache = DecodedCache(config.cache_bytes)
         self._plan_records()
 
@@ -162,6 +162,7 @@ class PixelBatches:
                 self._budget.count(f"record {record}", error)
                 continue
             return self._crop(pixels, size, draws)
+        self._budget.give_up()
         return None
 
     def _decode(self, record, first, length):

@@ -39,17 +39,18 @@ def choose_size(height: int, width: int, max_pixels: int, multiple: int) -> tupl
         raise UserError(f"a clip of {height}x{width} is smaller than one {multiple}x{multiple} "
                         "block; leave it out or use a VAE and patch with less compression")
     scale = min(1.0, math.sqrt(max_pixels / (height * width)))
-    best = None
     heights, widths = (_sides(side * scale, multiple, side) for side in (height, width))
-    for h in {*heights, *(_floor(max_pixels / w, multiple, height) for w in widths)}:
-        for w in {*widths, _floor(max_pixels / h, multiple, width)}:
-            if h * w > max_pixels:
-                continue
-            distortion = abs(math.log((h / w) / (height / width)))
-            shrink = math.log(height * width * scale**2 / (h * w))
-            cost = (distortion + 0.5 * shrink, -h * w)
-            best = min(best, (cost, h, w)) if best else (cost, h, w)
-    return best[1], best[2]
+    sizes = {(h, w) for h in heights for w in widths}
+    sizes |= {(h, _floor(max_pixels / h, multiple, width)) for h in heights}
+    sizes |= {(_floor(max_pixels / w, multiple, height), w) for w in widths}
+
+    def cost(size):
+        h, w = size
+        distortion = abs(math.log(h * width / (w * height)))
+        shrink = math.log(height * width * scale**2 / (h * w))
+        return round(distortion + 0.5 * shrink, 9), -h * w, size
+
+    return min((size for size in sizes if size[0] * size[1] <= max_pixels), key=cost)
 
 
 def _sides(length: float, multiple: int, limit: int):
