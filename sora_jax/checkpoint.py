@@ -1,0 +1,370 @@
+"""Checkpoints that are either whole or refused: Orbax, with a fingerprint per array.
+
+Orbax alone restores a flipped bit in silence, takes an empty directory for a checkpoint and casts
+dtypes without a word; here every restored array is compared with what was saved. The format is
+described in docs/formats_checkpoint.md.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from sora_jax.core.disk import reports_full_disk
+from sora_jax.core.errors import UserError
+from sora_jax.core.tree import named_leaves
+from sora_jax.fingerprint import fingerprints, opened, sealed
+
+# A train state is saved as these items, each a flat dict {path: array}; "other" holds the counters
+# and the optimizer's state.
+ITEMS = ("params", "ema_params", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """every_steps: between saves; the last step is always saved.
+    keep: newest checkpoints kept.
+    resume_from: another workdir, whose newest state a fresh run continues (step, optimizer, all).
+    init_from: another workdir, whose averaged weights a fresh run starts with, at step 0.
+    """
+
+    every_steps: int = 500
+    keep: int = 3
+    resume_from: str | None = None
+    init_from: str | None = None
+
+    def __post_init__(self):
+        for name in ("every_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"checkpoint.{name} = {getattr(self, name)} must be 1 or more")
+
+
+class DamagedCheckpoint(UserError):
+    """A step that is not what was saved."""
+
+
+class Checkpointer:
+    """The checkpoints of one workdir; close it, or use it in a `with`.
+
+    read_only: for jobs beside a training job; never writes, moves or deletes.
+    report: takes each line that the user should read.
+    """
+
+    def __init__(
+        self,
+        workdir,
+        config: CheckpointConfig,
+        *,
+        read_only: bool = False,
+        report: Callable[[str], None] = print,
+    ):
+        self._workdir = pathlib.Path(workdir).absolute()
+        self._directory = self._workdir / "checkpoints"
+        self._config, self._read_only, self._report = config, read_only, report
+        self._manager = None
+        if not read_only:
+            _remove_empty_steps(self._directory)
+            with reports_full_disk(self._directory):
+                self._manager = ocp.CheckpointManager(
+                    self._directory,
+                    options=ocp.CheckpointManagerOptions(
+                        create=True,
+                        cleanup_tmp_directories=True,
+                        preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
+                        enable_async_checkpointing=True,
+                    ),
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps with a finished save, ascending; a step may still turn out to be damaged."""
+        return _steps(self._directory)
+
+    def due(self, step: int) -> bool:
+        """Whether config.every_steps asks for a save after this step."""
+        return step % self._config.every_steps == 0
+
+    def save(self, step: int, state) -> None:
+        """Copies the state to the host and writes it in the background.
+
+        The state may be donated as soon as this returns. A step that exists is not saved again.
+
+        Raises UserError where the disk was full, now or during the save before.
+        """
+        if step in self.steps():
+            return
+        items = _items(state)
+        record = sealed(fingerprints({k: v for item in items.values() for k, v in item.items()}))
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        with reports_full_disk(self._directory):
+            self._manager.save(
+                step, force=True,
+                args=ocp.args.Composite(fingerprint=ocp.args.JsonSave(record), **args),
+            )
+
+    def wait(self) -> None:
+        """Returns when every save is on disk; raises UserError where the disk was full."""
+        if self._manager is not None:
+            with reports_full_disk(self._directory):
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of the background threads."""
+        if self._manager is not None:
+            manager, self._manager = self._manager, None
+            with reports_full_disk(self._directory):
+                try:
+                    manager.wait_until_finished()
+                finally:
+                    manager.close()
+
+    def restore_or_create(self, abstract_state, shardings, create: Callable):
+        """The state to begin with, from the first of these that exists:
+
+        1. the newest whole checkpoint of this workdir;
+        2. the newest whole checkpoint of config.resume_from;
+        3. create(), with the averaged weights of config.init_from as its weights;
+        4. create().
+        """
+        state = self.restore_or_none(abstract_state, shardings)
+        if state is not None:
+            return state
+        if self._config.init_from is None:
+            return create()
+        source = _existing(self._config.init_from, "init_from")
+        step, params = _newest(
+            source, None, self._report,
+            lambda step: _read_params(
+                source, step, "ema_params", abstract_state.params, shardings.params),
+        )
+        self._report(f"starting with the weights of {self._config.init_from} at step {step}")
+        return create().replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+
+    def restore_or_none(self, abstract_state, shardings):
+        """The newest whole state of this workdir, else of config.resume_from, else None.
+
+        abstract_state: jax.ShapeDtypeStruct leaves; shardings: a NamedSharding per leaf, on any
+        mesh. A damaged step of the own workdir is moved to WORKDIR/checkpoints_damaged, so that it
+        can be saved again.
+
+        Raises UserError where shapes or dtypes are not those of abstract_state, and where steps
+        exist but none is whole.
+        """
+        places = [(self._directory, None if self._read_only else self._set_aside)]
+        if self._config.resume_from is not None:
+            places.append((_existing(self._config.resume_from, "resume_from"), None))
+        for directory, set_aside in places:
+            if _steps(directory):
+                step, state = _newest(
+                    directory, set_aside, self._report,
+                    lambda step, directory=directory: _read_state(
+                        directory, step, abstract_state, shardings),
+                )
+                self._report(f"resuming from {directory / str(step)}")
+                return state
+        return None
+
+    def restore_params(self, step="latest", which: str = "ema", abstract_params=None,
+                       shardings=None):
+        """(step, weights) of a step or of the newest whole one, as nested dicts.
+
+        which: "ema" or "params". abstract_params, shardings: as for restore_or_none; left out, the
+        weights have the saved shapes and lie on this process's first device.
+
+        Raises DamagedCheckpoint where the given step is damaged, UserError where there is none.
+        """
+        item = {"ema": "ema_params", "params": "params"}[which]
+
+        def read(step):
+            return _read_params(self._directory, step, item, abstract_params, shardings)
+
+        if step == "latest":
+            if not self.steps():
+                raise UserError(f"there is no checkpoint in {self._directory}; train first")
+            return _newest(self._directory, None, self._report, read)
+        if step not in self.steps():
+            listed = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"there is no step {step} in {self._directory} (present: {listed})")
+        return step, read(step)
+
+    def _set_aside(self, step):
+        target = self._workdir / "checkpoints_damaged"
+        if jax.process_index() == 0:
+            target.mkdir(exist_ok=True)
+            number = 0
+            while (place := target / f"{step}.{number}").exists():
+                number += 1
+            (self._directory / str(step)).rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+
+def _steps(directory) -> list[int]:
+    """Step directories that hold anything: an empty one is no checkpoint."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(path.name) for path in directory.iterdir()
+        if path.name.isdecimal() and path.is_dir() and any(path.iterdir())
+    )
+
+
+def _remove_empty_steps(directory):
+    """Orbax would take them for saved steps."""
+    if jax.process_index() == 0 and directory.is_dir():
+        for path in directory.iterdir():
+            if path.name.isdecimal() and path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _existing(workdir: str, key: str) -> pathlib.Path:
+    directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    if not _steps(directory):
+        raise UserError(
+            f"checkpoint.{key} = {workdir!r} holds no checkpoint; it must be a workdir of a "
+            "training run (with a directory `checkpoints`)"
+        )
+    return directory
+
+
+def _newest(directory, set_aside, report, read):
+    """(step, read(step)) of the newest step that is whole; says which were not."""
+    steps = _steps(directory)
+    for step in reversed(steps):
+        try:
+            return step, read(step)
+        except DamagedCheckpoint as error:
+            report(f"{error}; trying the step before")
+            if set_aside is not None:
+                set_aside(step)
+    raise UserError(
+        f"no checkpoint of {directory} is whole (tried {', '.join(map(str, steps))}); begin again "
+        "in another workdir, or set checkpoint.resume_from or checkpoint.init_from"
+    )
+
+
+def _items(state) -> dict[str, dict[str, object]]:
+    """The leaves of a train state by item and path."""
+    items = {name: {} for name in ITEMS}
+    for path, leaf in named_leaves(state):
+        item = path.split("/")[0]
+        items[item if item in ITEMS else "other"][path] = leaf
+    return items
+
+
+def _read_state(directory, step, abstract_state, shardings):
+    placed = jax.tree.map(_placed, abstract_state, shardings)
+    read = _read_items(directory, step, _items(placed))
+    leaves = [read[path] for path, _ in named_leaves(placed)]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+
+def _read_params(directory, step, item, abstract_params, shardings):
+    if abstract_params is None:
+        wanted = _saved_leaves(directory, step, item)
+    else:
+        if shardings is None:
+            shardings = jax.tree.map(lambda _: _first_device(), abstract_params)
+        placed = jax.tree.map(_placed, abstract_params, shardings)
+        wanted = {f"{item}/{path}": leaf for path, leaf in named_leaves(placed)}
+    read = _read_items(directory, step, {item: wanted})
+    if abstract_params is not None:
+        return jax.tree.unflatten(jax.tree.structure(abstract_params), list(read.values()))
+    tree = {}
+    for path, leaf in read.items():
+        *rooms, name = path.split("/")[1:]
+        node = tree
+        for room in rooms:
+            node = node.setdefault(room, {})
+        node[name] = leaf
+    return tree
+
+
+def _first_device():
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _placed(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _saved_leaves(directory, step, item):
+    return {
+        path: jax.ShapeDtypeStruct(
+            tuple(saved["shape"]), jnp.dtype(saved["dtype"]), sharding=_first_device())
+        for path, saved in _fingerprints(directory, step).items()
+        if path.startswith(f"{item}/")
+    }
+
+
+def _open_step(directory, step, names):
+    """What Orbax reads of a step; whatever goes wrong in there means that the step is damaged."""
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            restored = reader.restore(directory / str(step), args=ocp.args.Composite(**names))
+        return {name: restored[name] for name in names}
+    except Exception as error:  # Orbax raises bare Exceptions for truncated files
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DamagedCheckpoint(
+            f"checkpoint {directory / str(step)} is damaged: {first_line}") from error
+
+
+def _fingerprints(directory, step) -> dict[str, dict]:
+    read = _open_step(directory, step, {"fingerprint": ocp.args.JsonRestore()})
+    try:
+        return opened(read["fingerprint"])
+    except ValueError as error:
+        raise DamagedCheckpoint(
+            f"checkpoint {directory / str(step)} is damaged: {error}") from error
+
+
+def _read_items(directory, step, items) -> dict[str, jax.Array]:
+    """The arrays by path, each verified; items: {item: {path: placed ShapeDtypeStruct}}."""
+    saved = _fingerprints(directory, step)
+    saved = {path: leaf for path, leaf in saved.items() if _item_of(path) in items}
+    wanted = {path: leaf for item in items.values() for path, leaf in item.items()}
+    _check_layout(directory / str(step), saved, wanted)
+    restored = _open_step(
+        directory, step, {name: ocp.args.StandardRestore(item) for name, item in items.items()})
+    leaves = {path: leaf for name in items for path, leaf in restored[name].items()}
+    found = fingerprints(leaves)
+    changed = [path for path in wanted if found.get(path) != saved[path]]
+    if changed:
+        raise DamagedCheckpoint(
+            f"checkpoint {directory / str(step)} is damaged: {len(changed)} of {len(wanted)} "
+            f"arrays are not what was saved, the first is {changed[0]}"
+        )
+    return {path: leaves[path] for path in wanted}
+
+
+def _item_of(path):
+    item = path.split("/")[0]
+    return item if item in ITEMS else "other"
+
+
+def _check_layout(place, saved, wanted):
+    """Raises UserError where names, shapes or dtypes differ: another model, not a damage."""
+    remedy = "use the config it was trained with, or another workdir"
+    for path, leaf in wanted.items():
+        if path not in saved:
+            raise UserError(f"checkpoint {place} has no array {path}; {remedy}")
+        asked = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+        for key in ("shape", "dtype"):
+            if asked[key] != saved[path][key]:
+                raise UserError(
+                    f"checkpoint {place}: {path} has {key} {saved[path][key]}, the model asks "
+                    f"for {asked[key]}; {remedy}"
+                )
+    for path in saved:
+        if path not in wanted:
+            raise UserError(f"checkpoint {place} has the array {path}, the model has not; {remedy}")

@@ -1,0 +1,90 @@
+"""WORKDIR/config.json: a workdir belongs to one config, and says which keys another one differs in.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+from sora_jax.core.disk import write_whole
+from sora_jax.core.errors import UserError
+
+# Keys (or sections) that a resumed run may change: they alter neither the model nor the data nor
+# one step of the training, only its length, its hardware and what is told about it.
+MAY_DIFFER = (
+    "num_steps", "log_every_steps", "checkpoint", "mesh", "sampling", "evaluation", "workdir",
+)
+_SHOWN = 5
+
+
+def claim(workdir, config, report: Callable[[str], None] = print) -> None:
+    """Writes the config (a nested mapping) into the workdir, or checks it against the one there.
+
+    Keys of MAY_DIFFER are reported and taken over. Raises UserError naming all other keys that
+    differ, with both values.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    new = flat(config)
+    if path.exists():
+        old = flat(read(workdir))
+        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        refused = [key for key in differing if not _may_differ(key)]
+        if refused:
+            raise UserError(
+                f"workdir {workdir} belongs to another config: {_listed(refused, old, new)}; use "
+                "another --workdir, or the values it was begun with"
+            )
+        if not differing:
+            return
+        report(f"changed since the workdir was begun: {_listed(differing, old, new)}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(_plain(config), indent=2) + "\n")
+
+
+def read(workdir) -> dict:
+    """The config of a workdir as nested dicts; raises UserError where there is none."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is no workdir: it has no config.json; train first") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); remove it and run the training command again"
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged; remove it and run the training command again")
+    return config
+
+
+def flat(config, prefix: str = "") -> dict[str, object]:
+    """{"optim.learning_rate": 0.001, ...} of a nested mapping; tuples become lists."""
+    found = {}
+    for key, value in _plain(config).items():
+        if isinstance(value, dict) and value:
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _plain(value):
+    if hasattr(value, "items"):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_DIFFER)
+
+
+def _listed(keys, old, new) -> str:
+    def shown(values, key):
+        return repr(values[key]) if key in values else "absent"
+
+    parts = [f"config.{key} is {shown(old, key)} there and {shown(new, key)} here"
+             for key in keys[:_SHOWN]]
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return "; ".join(parts) + more
