@@ -1,11 +1,21 @@
 """Claims of packed batches: pure functions of the step, the same on any number of hosts."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
 from sora_jax.core.errors import UserError
 from sora_jax.data.latent_cache import CacheKey, CacheWriter, open_cache
-from sora_jax.data.packed_rows import num_tokens, patchify, unpack_row, unpatchify
+from sora_jax.data.packed_rows import (
+    PackedClip,
+    empty_rows,
+    num_tokens,
+    pack_row,
+    patchify,
+    unpack_row,
+    unpatchify,
+)
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pipeline import packed_batches
 from sora_jax.data.tokenizers import decode_bytes, encode_bytes
@@ -185,3 +195,18 @@ def test_captions_are_cut_at_a_whole_character():
     assert list(encode_bytes("aö")) == [1, 97 + 2, 0xC3 + 2, 0xB6 + 2]
     assert list(encode_bytes(None)) == [1]
     assert list(encode_bytes("")) == [1]
+
+
+def test_the_example_of_the_packing_page_is_true():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "packing.md").read_text()
+    config = PackingConfig(rows=1, row_tokens=12, row_text=6, max_clips=2)
+    batch = empty_rows(1, config, (1, 1, 1), channels=1)
+    clips = [PackedClip(np.ones((T, H, W, 1), np.float16), caption, 4 * T - 3, 8 * H, 8 * W, 8.0)
+             for T, H, W, caption in ((2, 2, 2, "hi"), (1, 2, 1, None))]
+    pack_row(batch, 0, clips, config, (1, 1, 1))
+    position = batch["position_BN3"][0].T
+    rows = {"segment": batch["segment_BN"][0], "t": position[0], "h": position[1],
+            "w": position[2], "text": batch["text_BM"][0], "of clip": batch["text_segment_BM"][0]}
+    for name, values in rows.items():
+        line = next(line for line in page.splitlines() if line.startswith(f"    {name} "))
+        assert [int(word) for word in line.removeprefix(f"    {name}").split()] == list(values)
