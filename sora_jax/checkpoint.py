@@ -14,14 +14,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sora_jax.checkpoint_step import DamagedCheckpoint, read_params, read_state, save_args
 from sora_jax.core.disk import reports_full_disk
 from sora_jax.core.errors import UserError
-from sora_jax.core.tree import named_leaves
-from sora_jax.fingerprint import fingerprints, opened, sealed
-
-# A train state is saved as these items, each a flat dict {path: array}; "other" holds the counters
-# and the optimizer's state.
-ITEMS = ("params", "ema_params", "other")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +36,6 @@ class CheckpointConfig:
         for name in ("every_steps", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"checkpoint.{name} = {getattr(self, name)} must be 1 or more")
-
-
-class DamagedCheckpoint(UserError):
-    """A step that is not what was saved."""
 
 
 class Checkpointer:
@@ -102,14 +93,8 @@ class Checkpointer:
         """
         if step in self.steps():
             return
-        items = _items(state)
-        record = sealed(fingerprints({k: v for item in items.values() for k, v in item.items()}))
-        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with reports_full_disk(self._directory):
-            self._manager.save(
-                step, force=True,
-                args=ocp.args.Composite(fingerprint=ocp.args.JsonSave(record), **args),
-            )
+            self._manager.save(step, args=save_args(state), force=True)
 
     def wait(self) -> None:
         """Returns when every save is on disk; raises UserError where the disk was full."""
@@ -138,12 +123,12 @@ class Checkpointer:
         state = self.restore_or_none(abstract_state, shardings)
         if state is not None:
             return state
-        if self._config.init_from is None:
+        if not self._config.init_from:
             return create()
         source = _existing(self._config.init_from, "init_from")
         step, params = _newest(
             source, None, self._report,
-            lambda step: _read_params(
+            lambda step: read_params(
                 source, step, "ema_params", abstract_state.params, shardings.params),
         )
         self._report(f"starting with the weights of {self._config.init_from} at step {step}")
@@ -160,13 +145,13 @@ class Checkpointer:
         exist but none is whole.
         """
         places = [(self._directory, None if self._read_only else self._set_aside)]
-        if self._config.resume_from is not None:
+        if self._config.resume_from:
             places.append((_existing(self._config.resume_from, "resume_from"), None))
         for directory, set_aside in places:
             if _steps(directory):
                 step, state = _newest(
                     directory, set_aside, self._report,
-                    lambda step, directory=directory: _read_state(
+                    lambda step, directory=directory: read_state(
                         directory, step, abstract_state, shardings),
                 )
                 self._report(f"resuming from {directory / str(step)}")
@@ -185,7 +170,7 @@ class Checkpointer:
         item = {"ema": "ema_params", "params": "params"}[which]
 
         def read(step):
-            return _read_params(self._directory, step, item, abstract_params, shardings)
+            return read_params(self._directory, step, item, abstract_params, shardings)
 
         if step == "latest":
             if not self.steps():
@@ -251,120 +236,3 @@ def _newest(directory, set_aside, report, read):
         f"no checkpoint of {directory} is whole (tried {', '.join(map(str, steps))}); begin again "
         "in another workdir, or set checkpoint.resume_from or checkpoint.init_from"
     )
-
-
-def _items(state) -> dict[str, dict[str, object]]:
-    """The leaves of a train state by item and path."""
-    items = {name: {} for name in ITEMS}
-    for path, leaf in named_leaves(state):
-        item = path.split("/")[0]
-        items[item if item in ITEMS else "other"][path] = leaf
-    return items
-
-
-def _read_state(directory, step, abstract_state, shardings):
-    placed = jax.tree.map(_placed, abstract_state, shardings)
-    read = _read_items(directory, step, _items(placed))
-    leaves = [read[path] for path, _ in named_leaves(placed)]
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-
-
-def _read_params(directory, step, item, abstract_params, shardings):
-    if abstract_params is None:
-        wanted = _saved_leaves(directory, step, item)
-    else:
-        if shardings is None:
-            shardings = jax.tree.map(lambda _: _first_device(), abstract_params)
-        placed = jax.tree.map(_placed, abstract_params, shardings)
-        wanted = {f"{item}/{path}": leaf for path, leaf in named_leaves(placed)}
-    read = _read_items(directory, step, {item: wanted})
-    if abstract_params is not None:
-        return jax.tree.unflatten(jax.tree.structure(abstract_params), list(read.values()))
-    tree = {}
-    for path, leaf in read.items():
-        *rooms, name = path.split("/")[1:]
-        node = tree
-        for room in rooms:
-            node = node.setdefault(room, {})
-        node[name] = leaf
-    return tree
-
-
-def _first_device():
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _placed(leaf, sharding):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _saved_leaves(directory, step, item):
-    return {
-        path: jax.ShapeDtypeStruct(
-            tuple(saved["shape"]), jnp.dtype(saved["dtype"]), sharding=_first_device())
-        for path, saved in _fingerprints(directory, step).items()
-        if path.startswith(f"{item}/")
-    }
-
-
-def _open_step(directory, step, names):
-    """What Orbax reads of a step; whatever goes wrong in there means that the step is damaged."""
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            restored = reader.restore(directory / str(step), args=ocp.args.Composite(**names))
-        return {name: restored[name] for name in names}
-    except Exception as error:  # Orbax raises bare Exceptions for truncated files
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise DamagedCheckpoint(
-            f"checkpoint {directory / str(step)} is damaged: {first_line}") from error
-
-
-def _fingerprints(directory, step) -> dict[str, dict]:
-    read = _open_step(directory, step, {"fingerprint": ocp.args.JsonRestore()})
-    try:
-        return opened(read["fingerprint"])
-    except ValueError as error:
-        raise DamagedCheckpoint(
-            f"checkpoint {directory / str(step)} is damaged: {error}") from error
-
-
-def _read_items(directory, step, items) -> dict[str, jax.Array]:
-    """The arrays by path, each verified; items: {item: {path: placed ShapeDtypeStruct}}."""
-    saved = _fingerprints(directory, step)
-    saved = {path: leaf for path, leaf in saved.items() if _item_of(path) in items}
-    wanted = {path: leaf for item in items.values() for path, leaf in item.items()}
-    _check_layout(directory / str(step), saved, wanted)
-    restored = _open_step(
-        directory, step, {name: ocp.args.StandardRestore(item) for name, item in items.items()})
-    leaves = {path: leaf for name in items for path, leaf in restored[name].items()}
-    found = fingerprints(leaves)
-    changed = [path for path in wanted if found.get(path) != saved[path]]
-    if changed:
-        raise DamagedCheckpoint(
-            f"checkpoint {directory / str(step)} is damaged: {len(changed)} of {len(wanted)} "
-            f"arrays are not what was saved, the first is {changed[0]}"
-        )
-    return {path: leaves[path] for path in wanted}
-
-
-def _item_of(path):
-    item = path.split("/")[0]
-    return item if item in ITEMS else "other"
-
-
-def _check_layout(place, saved, wanted):
-    """Raises UserError where names, shapes or dtypes differ: another model, not a damage."""
-    remedy = "use the config it was trained with, or another workdir"
-    for path, leaf in wanted.items():
-        if path not in saved:
-            raise UserError(f"checkpoint {place} has no array {path}; {remedy}")
-        asked = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
-        for key in ("shape", "dtype"):
-            if asked[key] != saved[path][key]:
-                raise UserError(
-                    f"checkpoint {place}: {path} has {key} {saved[path][key]}, the model asks "
-                    f"for {asked[key]}; {remedy}"
-                )
-    for path in saved:
-        if path not in wanted:
-            raise UserError(f"checkpoint {place} has the array {path}, the model has not; {remedy}")

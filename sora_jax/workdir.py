@@ -5,22 +5,17 @@ import json
 import pathlib
 from collections.abc import Callable
 
-from sora_jax.core.disk import write_whole
+from sora_jax.core.disk import reports_full_disk, write_whole
 from sora_jax.core.errors import UserError
 
-# Keys (or sections) that a resumed run may change: they alter neither the model nor the data nor
-# one step of the training, only its length, its hardware and what is told about it.
-MAY_DIFFER = (
-    "num_steps", "log_every_steps", "checkpoint", "mesh", "sampling", "evaluation", "workdir",
-)
 _SHOWN = 5
 
 
-def claim(workdir, config, report: Callable[[str], None] = print) -> None:
+def claim(workdir, config, may_differ=(), report: Callable[[str], None] = print) -> None:
     """Writes the config (a nested mapping) into the workdir, or checks it against the one there.
 
-    Keys of MAY_DIFFER are reported and taken over. Raises UserError naming all other keys that
-    differ, with both values.
+    may_differ: keys and sections whose changes are reported and taken over. Raises UserError naming
+    the other keys that differ, with both values: a workdir belongs to one run.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
@@ -28,7 +23,7 @@ def claim(workdir, config, report: Callable[[str], None] = print) -> None:
     if path.exists():
         old = flat(read(workdir))
         differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        refused = [key for key in differing if not _may_differ(key)]
+        refused = [key for key in differing if not _covers(may_differ, key)]
         if refused:
             raise UserError(
                 f"workdir {workdir} belongs to another config: {_listed(refused, old, new)}; use "
@@ -37,7 +32,8 @@ def claim(workdir, config, report: Callable[[str], None] = print) -> None:
         if not differing:
             return
         report(f"changed since the workdir was begun: {_listed(differing, old, new)}")
-    workdir.mkdir(parents=True, exist_ok=True)
+    with reports_full_disk(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(_plain(config), indent=2) + "\n")
 
 
@@ -76,8 +72,8 @@ def _plain(value):
     return value
 
 
-def _may_differ(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_DIFFER)
+def _covers(allowed, key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
 def _listed(keys, old, new) -> str:

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 from sora_jax import sharding, train_state, workdir
-from sora_jax.checkpoint import CheckpointConfig, Checkpointer, DamagedCheckpoint
+from sora_jax.checkpoint import CheckpointConfig, Checkpointer
+from sora_jax.checkpoint_step import DamagedCheckpoint
 from sora_jax.core.errors import UserError
 from sora_jax.fingerprint import fingerprints
 from sora_jax.optim import OptimConfig, make_optimizer
 from sora_jax.sharding import MeshConfig
+from sora_jax.stopping import StopFlag
 
 TX = make_optimizer(OptimConfig(warmup_steps=1), 100)
 
@@ -133,7 +135,7 @@ def test_flipped_bits_never_pass(three_steps):
     state, pristine = make_state(), three_steps.parent / "pristine"
     shutil.copytree(three_steps, pristine)
     caught = 0
-    for _ in range(40):
+    for _ in range(30):
         shutil.rmtree(three_steps)
         shutil.copytree(pristine, three_steps)
         files = data_files(three_steps / "checkpoints" / "3")
@@ -150,7 +152,7 @@ def test_flipped_bits_never_pass(three_steps):
         equal(found, make_state(step))
         assert step == (2 if len(lines) == 2 else 3), lines
         caught += step == 2
-    assert caught >= 15
+    assert caught >= 10
 
 
 def test_any_change_of_the_arrays_changes_the_fingerprint():
@@ -337,21 +339,23 @@ def test_kill_at_any_moment_leaves_a_restorable_workdir(tmp_path):
 
 
 def test_workdir_of_another_config_is_refused_with_both_values(tmp_path):
-    config = {"seed": 0, "num_steps": 10, "optim": {"learning_rate": 1e-3}, "sizes": (1, 2)}
+    config = {"seed": 0, "mesh": {"data": 1}, "optim": {"learning_rate": 1e-3}, "sizes": (1, 2)}
     lines = []
-    workdir.claim(tmp_path, config, lines.append)
-    workdir.claim(tmp_path, config, lines.append)
+    claim = functools.partial(
+        workdir.claim, tmp_path, may_differ=("mesh",), report=lines.append)
+    claim(config)
+    claim(config)
     assert workdir.read(tmp_path) == json.loads(json.dumps(config)) and not lines
-    workdir.claim(tmp_path, {**config, "num_steps": 20}, lines.append)
-    assert lines == ["changed since the workdir was begun: config.num_steps is 10 there and 20 here"]
-    assert workdir.read(tmp_path)["num_steps"] == 20
-    other = {**config, "optim": {"learning_rate": 2e-3}, "seed": 1}
+    claim({**config, "mesh": {"data": 2}})
+    assert lines == [
+        "changed since the workdir was begun: config.mesh.data is 1 there and 2 here"]
+    assert workdir.read(tmp_path)["mesh"] == {"data": 2}
     with pytest.raises(UserError, match="config.seed is 0 there and 1 here; "
                        "config.optim.learning_rate is 0.001 there and 0.002 here"):
-        workdir.claim(tmp_path, other)
+        claim({**config, "optim": {"learning_rate": 2e-3}, "seed": 1})
     assert workdir.read(tmp_path)["seed"] == 0
-    with pytest.raises(UserError, match="config.new is absent there and 3 here"):
-        workdir.claim(tmp_path, {**config, "new": 3})
+    with pytest.raises(UserError, match="config.meshes is absent there and 3 here"):
+        claim({**config, "meshes": 3})
 
 
 def test_damaged_or_absent_config_is_refused(tmp_path):
@@ -363,10 +367,11 @@ def test_damaged_or_absent_config_is_refused(tmp_path):
 
 
 def test_sigterm_sets_the_flag_and_nothing_else():
-    code = (
-        "import os, signal, sys\nfrom sora_jax.stopping import EXIT_STOPPED, StopFlag\n"
-        "stop = StopFlag()\nassert not stop.after(1)\nos.kill(os.getpid(), signal.SIGTERM)\n"
-        "sys.exit(EXIT_STOPPED if stop.after(2) else 0)\n"
-    )
-    root = pathlib.Path(__file__).resolve().parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 42
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stop = StopFlag()
+        assert not stop.after(1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.after(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)

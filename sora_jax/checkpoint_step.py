@@ -1,0 +1,157 @@
+"""One checkpoint of a train state on disk: written by Orbax, read back only as it was saved.
+
+The format is described in docs/formats_checkpoint.md.
+"""
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from sora_jax.core.errors import UserError
+from sora_jax.core.tree import named_leaves
+from sora_jax.fingerprint import fingerprints, opened, sealed
+
+# A train state is saved as these items, each a flat dict {path: array}; "other" holds the counters
+# and the optimizer's state.
+ITEMS = ("params", "ema_params", "other")
+
+
+class DamagedCheckpoint(UserError):
+    """A step that is not what was saved."""
+
+
+def save_args(state) -> ocp.args.Composite:
+    """What Orbax is to write for a train state; waits for the devices (see fingerprint.py)."""
+    items = _items(state)
+    record = sealed(fingerprints({k: v for item in items.values() for k, v in item.items()}))
+    return ocp.args.Composite(
+        fingerprint=ocp.args.JsonSave(record),
+        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+    )
+
+
+def _items(state) -> dict[str, dict[str, object]]:
+    """The leaves of a train state by item and path."""
+    items = {name: {} for name in ITEMS}
+    for path, leaf in named_leaves(state):
+        item = path.split("/")[0]
+        items[item if item in ITEMS else "other"][path] = leaf
+    return items
+
+
+def read_state(directory, step, abstract_state, shardings):
+    """The train state of a step, placed by shardings (a NamedSharding per leaf, any mesh).
+
+    Raises DamagedCheckpoint where it is not what was saved, UserError where names, shapes or dtypes
+    are not those of abstract_state.
+    """
+    placed = jax.tree.map(_placed, abstract_state, shardings)
+    read = _read_items(directory, step, _items(placed))
+    leaves = [read[path] for path, _ in named_leaves(placed)]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+
+def read_params(directory, step, item, abstract_params, shardings):
+    """The weights of a step as nested dicts; item is "params" or "ema_params".
+
+    Without abstract_params they have the saved shapes, without shardings they lie on this process's
+    first device. Raises as read_state does.
+    """
+    if abstract_params is None:
+        wanted = _saved_leaves(directory, step, item)
+    else:
+        if shardings is None:
+            shardings = jax.tree.map(lambda _: _first_device(), abstract_params)
+        placed = jax.tree.map(_placed, abstract_params, shardings)
+        wanted = {f"{item}/{path}": leaf for path, leaf in named_leaves(placed)}
+    read = _read_items(directory, step, {item: wanted})
+    if abstract_params is not None:
+        return jax.tree.unflatten(jax.tree.structure(abstract_params), list(read.values()))
+    tree = {}
+    for path, leaf in read.items():
+        *rooms, name = path.split("/")[1:]
+        node = tree
+        for room in rooms:
+            node = node.setdefault(room, {})
+        node[name] = leaf
+    return tree
+
+
+def _first_device():
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _placed(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _saved_leaves(directory, step, item):
+    return {
+        path: jax.ShapeDtypeStruct(
+            tuple(saved["shape"]), jnp.dtype(saved["dtype"]), sharding=_first_device())
+        for path, saved in _fingerprints(directory, step).items()
+        if path.startswith(f"{item}/")
+    }
+
+
+def _open_step(directory, step, names):
+    """What Orbax reads of a step; whatever goes wrong in there means that the step is damaged."""
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            restored = reader.restore(directory / str(step), args=ocp.args.Composite(**names))
+        return {name: restored[name] for name in names}
+    except Exception as error:  # Orbax raises bare Exceptions for truncated files
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DamagedCheckpoint(
+            f"checkpoint {directory / str(step)} is damaged: {first_line}") from error
+
+
+def _fingerprints(directory, step) -> dict[str, dict]:
+    read = _open_step(directory, step, {"fingerprint": ocp.args.JsonRestore()})
+    try:
+        return opened(read["fingerprint"])
+    except ValueError as error:
+        raise DamagedCheckpoint(
+            f"checkpoint {directory / str(step)} is damaged: {error}") from error
+
+
+def _read_items(directory, step, items) -> dict[str, jax.Array]:
+    """The arrays by path, each verified; items: {item: {path: placed ShapeDtypeStruct}}."""
+    saved = _fingerprints(directory, step)
+    saved = {path: leaf for path, leaf in saved.items() if _item_of(path) in items}
+    wanted = {path: leaf for item in items.values() for path, leaf in item.items()}
+    _check_layout(directory / str(step), saved, wanted)
+    restored = _open_step(
+        directory, step, {name: ocp.args.StandardRestore(item) for name, item in items.items()})
+    leaves = {path: leaf for name in items for path, leaf in restored[name].items()}
+    found = fingerprints(leaves)
+    changed = [path for path in wanted if found.get(path) != saved[path]]
+    if changed:
+        raise DamagedCheckpoint(
+            f"checkpoint {directory / str(step)} is damaged: {len(changed)} of {len(wanted)} "
+            f"arrays are not what was saved, the first is {changed[0]}"
+        )
+    return {path: leaves[path] for path in wanted}
+
+
+def _item_of(path):
+    item = path.split("/")[0]
+    return item if item in ITEMS else "other"
+
+
+def _check_layout(place, saved, wanted):
+    """Raises UserError where names, shapes or dtypes differ: another model, not a damage."""
+    remedy = "use the config it was trained with, or another workdir"
+    for path, leaf in wanted.items():
+        if path not in saved:
+            raise UserError(f"checkpoint {place} has no array {path}; {remedy}")
+        asked = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+        for key in ("shape", "dtype"):
+            if asked[key] != saved[path][key]:
+                raise UserError(
+                    f"checkpoint {place}: {path} has {key} {saved[path][key]}, the model asks "
+                    f"for {asked[key]}; {remedy}"
+                )
+    for path in saved:
+        if path not in wanted:
+            raise UserError(f"checkpoint {place} has the array {path}, the model has not; {remedy}")

@@ -1,0 +1,172 @@
+"""The whole configuration of a run as frozen dataclasses, and the rules between its sections.
+
+Defaults stand in configs/base.py; nothing here has one unless a section may be left out.
+"""
+
+import dataclasses
+
+from sora_jax import workdir as workdir_files
+from sora_jax.checkpoint import CheckpointConfig
+from sora_jax.core.config import from_mapping
+from sora_jax.core.errors import UserError
+from sora_jax.data.moving_shapes.world import ShapesSpec
+from sora_jax.data.packing import PackingConfig
+from sora_jax.data.pixel_batches import PixelConfig
+from sora_jax.models.dit import DiTConfig
+from sora_jax.models.video_vae import VideoVAEConfig
+from sora_jax.optim import OptimConfig
+from sora_jax.sharding import MeshConfig
+
+TASKS = ("diffusion", "vae")
+DATASETS = ("moving_shapes", "video_folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderConfig:
+    """How a folder of videos becomes a dataset (see docs/your_videos.md)."""
+
+    caption_columns: tuple[str, ...]  # empty: found by name
+    held_out_share: float  # of the clips that no `split` column places
+    max_pixels: int  # largest frame that is decoded, in pixels
+    timeout_seconds: float  # for decoding one file
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which clips, where they are kept, and how they are cut and sized for the model."""
+
+    dataset: str
+    folder: str  # of video_folder
+    data_dir: str  # prepared dataset; "" = WORKDIR/data
+    seed: int  # of moving_shapes and of the held-out draw
+    num_train_clips: int  # moving_shapes
+    num_held_out_clips: int  # moving_shapes
+    shapes: ShapesSpec
+    from_folder: FolderConfig
+    max_frames: int  # 1 + 4k; longer clips are cut into windows
+    max_windows: int  # windows taken of one clip
+    max_pixels: int  # height * width after resizing
+    fps: float  # faster clips are thinned to this rate; 0 = as they are
+
+    def __post_init__(self):
+        if self.dataset not in DATASETS:
+            raise UserError(
+                f"data.dataset = {self.dataset!r} is unknown; allowed: {', '.join(DATASETS)}"
+            )
+        if self.dataset == "video_folder" and not self.folder:
+            raise UserError(
+                "data.folder is empty; name your folder of videos: --config.data.folder=DIR"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentsConfig:
+    """The frozen VAE and the cache of what it makes of the dataset."""
+
+    vae: str  # "builtin:NAME", a .safetensors file, or a directory
+    directory: str  # "" = WORKDIR/latents
+    build_if_missing: bool
+    rebuild: bool
+    batch_pixels: int  # frames * height * width that are encoded at once
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """Rectified flow: how times are drawn and shifted."""
+
+    time_mean: float  # of the logit
+    time_std: float
+    base_shift: float  # shift of times towards noise for a clip of base_tokens tokens
+    base_tokens: float
+
+
+@dataclasses.dataclass(frozen=True)
+class VAELossConfig:
+    """Reconstruction + KL."""
+
+    reconstruction: str  # "l1", "l2" or "charbonnier"
+    kl_weight: float  # nats per latent value against the mean error per pixel value
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """Samples written during training, and defaults of evaluation."""
+
+    every_steps: int
+    first_step: int  # the first sheet, so that one sees something early; 0 = none
+    num_clips: int
+    num_steps: int  # Euler steps
+    guidance: float  # 1 = none
+    seed: int
+    rows: int  # rows sampled at once
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Figures of a checkpoint."""
+
+    every_steps: int  # 0 = only at the end
+    num_prompts: int
+    num_loss_clips: int
+    loss_times: tuple[float, ...]
+    num_vae_clips: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    task: str
+    seed: int
+    num_steps: int
+    log_every_steps: int
+    data: DataConfig
+    latents: LatentsConfig
+    packing: PackingConfig
+    model: DiTConfig
+    diffusion: DiffusionConfig
+    vae: VideoVAEConfig
+    vae_loss: VAELossConfig
+    pixels: PixelConfig
+    optim: OptimConfig
+    mesh: MeshConfig
+    checkpoint: CheckpointConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+
+
+def resolve(mapping) -> RunConfig:
+    """A checked RunConfig from a ConfigDict or dict. Raises UserError by field name."""
+    config = from_mapping(RunConfig, mapping)
+    if config.task not in TASKS:
+        raise UserError(f"task = {config.task!r} is unknown; allowed: {', '.join(TASKS)}")
+    for name in ("num_steps", "log_every_steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} = {getattr(config, name)} must be at least 1")
+    if config.sampling.num_steps < 1:
+        raise UserError(f"sampling.num_steps = {config.sampling.num_steps} must be at least 1")
+    if (config.data.max_frames - 1) % 4:
+        raise UserError(f"data.max_frames = {config.data.max_frames} must be 1 + 4k")
+    return config
+
+
+# Fields that may change between two starts of one workdir: they decide what is reported, when and
+# where, but not a single number of the training.
+FREE_FIELDS = (
+    "log_every_steps", "checkpoint", "sampling", "evaluation", "mesh", "data.data_dir",
+    "latents.directory", "latents.build_if_missing", "latents.rebuild", "latents.batch_pixels",
+)
+
+
+def claim_workdir(config: RunConfig, workdir: str) -> None:
+    """Writes WORKDIR/config.json, or compares with the one that is there.
+
+    Raises UserError naming the fields that differ: a workdir belongs to one run.
+    """
+    workdir_files.claim(workdir, dataclasses.asdict(config), FREE_FIELDS)
+
+
+def load_workdir(workdir: str) -> RunConfig:
+    """The config a workdir was trained with. Raises UserError where there is none."""
+    return resolve(workdir_files.read(workdir))
