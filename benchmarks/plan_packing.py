@@ -45,9 +45,9 @@ def report(name, tokens_C, row_tokens, max_clips, rng):
     excess = np.mean(cost_SB.max(axis=1) / cost_SB.mean(axis=1)) - 1
     useful = plan.useful_tokens / (plan.num_rows * row_tokens)
     print(f"{name:28} {len(tokens_C):8} clips, rows of {row_tokens:5}: {seconds:5.2f} s a block of "
-          f"{len(plan.clips_O)} clips (start {planned - start:.2f} s), useful {100 * useful:.2f} %, "
-          f"{per_row_R.mean():.1f} clips a row (most {per_row_R.max()}), costliest row "
-          f"+{100 * excess:.0f} %", flush=True)
+          f"{len(plan.clips_O)} clips (start {planned - start:.2f} s), "
+          f"useful {100 * useful:.2f} %, {per_row_R.mean():.1f} clips a row (most "
+          f"{per_row_R.max()}), costliest row +{100 * excess:.0f} %", flush=True)
 
 
 def fill(num_batches, rng, directory):

@@ -7,8 +7,8 @@ Latents are stored as float16: they are normalised to unit variance, so float16'
 never near, and its 11 bits of precision are 8 times finer than bfloat16's 8 at the same size.
 """
 
+import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +21,7 @@ import zlib
 import numpy as np
 from array_record.python import array_record_module
 
+from sora_jax.core.disk import reports_full_disk
 from sora_jax.core.errors import UserError
 
 FORMAT = 1
@@ -92,7 +93,7 @@ class CacheWriter:
         captions = tuple(captions)
         video = int(frames), int(height), int(width)
         record = _to_bytes(LatentRecord(id, latents, captions, *video, float(fps)))
-        with _disk_errors(self._partial):
+        with reports_full_disk(self._partial):
             if self._writer is None:
                 name = f"latents-{len(self._shards):05d}.array_record"
                 self._writer = array_record_module.ArrayRecordWriter(
@@ -115,7 +116,7 @@ class CacheWriter:
             raise UserError(f"no clips for the latent cache {self._directory}: the dataset is "
                             "empty, or none of its clips fits the sizes asked for")
         self._close_shard()
-        with _disk_errors(self._partial):
+        with reports_full_disk(self._partial):
             self._write_index()
             manifest = {
                 "format": FORMAT,
@@ -134,7 +135,8 @@ class CacheWriter:
     def abort(self) -> None:
         """Removes what was written."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(Exception):  # on a full disk it fails a second time
+                self._writer.close()
             self._writer = None
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -150,7 +152,7 @@ class CacheWriter:
     def _close_shard(self):
         if self._writer is None:
             return
-        with _disk_errors(self._partial):
+        with reports_full_disk(self._partial):
             self._writer.close()
         self._writer, self._written = None, 0
         self._shards[-1]["bytes"] = (self._partial / self._shards[-1]["name"]).stat().st_size
@@ -278,20 +280,3 @@ def _from_bytes(data: bytes) -> LatentRecord:
 
 def _sha256(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class _disk_errors:
-    """Turns a full disk into a UserError that names the place."""
-
-    def __init__(self, path):
-        self._path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or (error is not None and "No space left" in str(error)):
-            free = shutil.disk_usage(self._path).free
-            raise UserError(f"the disk of {self._path} is full ({free} bytes free); make room or "
-                            "set config.latents.directory to another disk") from error

@@ -148,13 +148,18 @@ def test_threads_read_the_same_records(directory):
             np.testing.assert_array_equal(record.latents_THWC, latents(int(i)))
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
-    def full(self, record):
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *_):
+            pass
 
-    writer = CacheWriter(tmp_path / "cache", KEY, channels=4)
-    writer.add("a", latents(0), (), 1, 8, 8, 8.0)
-    monkeypatch.setattr(writer, "_writer", type("Full", (), {
-        "write": full, "close": lambda self: None})())
-    with pytest.raises(UserError, match="is full"):
-        writer.add("b", latents(1), (), 1, 8, 8, 8.0)
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device; at byte 3145728")
+
+        def close(self):
+            self.write(b"")
+
+    monkeypatch.setattr(latent_cache.array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match="no space left for .*cache.incomplete"):
+        write(tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
