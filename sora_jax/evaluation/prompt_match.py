@@ -34,8 +34,8 @@ MAX_HUE_DEGREES = 18.0  # of a whole object from its colour's hue; neighbours ar
 MIN_CHROMA, MAX_CHROMA = 0.6, 1.3  # of a whole object, as a share of the nominal chroma
 MIN_IOU = 0.85  # of an object and the best redrawn shape; true clips reach 0.93, blurred ones 0.90
 MIN_MARGIN = 0.03  # of that IoU over the second best shape's; true clips have 0.12, blurred 0.06
-MIN_SAME_SHAPE = 0.6  # share of the compared frames in which that shape is the best one
-MIN_PRESENCE = 0.85  # share of frames in which an object must be seen
+MIN_SAME_SHAPE = 0.8  # share of the compared frames in which that shape is the best one
+MIN_PRESENCE = 0.8  # share of frames in which an object must be seen; another may pass over it
 MAX_STRAY = 0.125  # share of frames in which something else may be seen
 STRAY_AREA = 0.12  # what counts as something: core pixels, of the smallest shape's area
 

@@ -198,5 +198,5 @@ def _is_whole(directory, identity):
         return manifest == identity and all(
             (directory / name).stat().st_size == size for name, size in file_bytes.items()
         )
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
