@@ -35,6 +35,11 @@ LOGICAL_RULES = {
     "norm": None,
     "positions": None,
     "latent": None,
+    "patch": None,
+    "frequency": None,
+    "modulation": None,
+    "text": None,
+    "embed_out": None,
 }
 
 

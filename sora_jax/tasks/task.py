@@ -18,13 +18,13 @@ class Task:
     are scalars; `num_clips`, `useful_tokens` and `num_slots` (tokens with padding) among them feed
     the progress line. A batch is a dict of numpy arrays whose first axis is divided over the mesh.
     `batches(start_step)` yields the process's part of batch start_step, start_step + 1, ...: a pure
-    function of the step.
+    function of the step. `sample` and `finish` (once, after the last step) write files into a
+    workdir and return their paths.
     """
 
     name: str
     init: Callable[[jax.Array], Params]
     loss: Callable[[Params, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
-    sample: Callable[[Params, int, str], list[str]]
-    evaluate: Callable[[Params, int, str], dict[str, float]]
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]] = lambda start_step: iter(())
+    sample: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
     finish: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []

@@ -1,0 +1,193 @@
+"""Text to video on the procedural world moving_shapes: needs no data, no download, no accelerator.
+
+Command:  python -m sora_jax.train --config=configs/base.py
+Time:     TIME
+Result:   RESULT
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Every default of the project stands here. arg "runlocal" shrinks everything to a trial."""
+    config = ConfigDict()
+    config.task = "diffusion"  # diffusion | vae
+    config.seed = 0
+    config.num_steps = 2000
+    config.log_every_steps = 20
+
+    config.data = ConfigDict({
+        "dataset": "moving_shapes",  # moving_shapes | video_folder
+        "folder": "",  # of video_folder: a directory of clips with captions
+        "data_dir": "",  # where prepared datasets are kept; "" = WORKDIR/data
+        "seed": 0,
+        "num_train_clips": 6000,
+        "num_held_out_clips": 256,
+        "shapes": {
+            # (height, width, weight): 32 to 96 pixels, landscape, portrait and square
+            "sizes": (
+                (32, 32, 0.18), (32, 48, 0.14), (48, 32, 0.14), (48, 48, 0.18), (64, 64, 0.12),
+                (48, 80, 0.06), (80, 48, 0.06), (64, 96, 0.05), (96, 64, 0.05), (96, 96, 0.02),
+            ),
+            # (frames, weight): a still image has one frame
+            "frames": ((1, 0.12), (5, 0.08), (9, 0.12), (13, 0.13), (17, 0.55)),
+            "two_shape_share": 0.25,
+            "textured_share": 0.5,
+            "fps": 8.0,
+        },
+        "from_folder": {
+            "caption_columns": (),  # () = every column named or ending like a caption
+            "held_out_share": 0.1,  # of the clips that no `split` column places
+            "max_pixels": 4096 * 2304,  # largest frame that is decoded
+            "timeout_seconds": 60.0,  # for decoding one file
+        },
+        "max_frames": 17,  # 1 + 4k; longer clips are cut into windows
+        "max_windows": 1,  # windows taken of one clip
+        "max_pixels": 96 * 96,  # height * width after resizing
+        "fps": 0.0,  # faster clips are thinned to this rate; 0 = as they are
+    })
+
+    config.latents = ConfigDict({
+        "vae": "builtin:moving_shapes",  # or a .safetensors file, or a directory
+        "directory": "",  # of the cache; "" = WORKDIR/latents
+        "build_if_missing": True,
+        "rebuild": False,
+        "batch_pixels": 16 * 17 * 48 * 48,  # frames * height * width encoded at once
+    })
+
+    config.packing = ConfigDict({
+        "rows": 16,  # B, of the global batch
+        "row_tokens": 256,  # N, video tokens of a row
+        "row_text": 512,  # M, text tokens of a row
+        "max_clips": 16,  # S, clips of a row
+        "caption_tokens": None,  # longest caption; None = row_text
+        "caption_drop": 0.1,  # share of clips trained without caption, for guidance
+        "window": 2048,  # clips packed together
+        "balance_batches": 8,  # batches whose rows are balanced by attention cost
+    })
+
+    config.model = ConfigDict({
+        "patch": (1, 2, 2),  # latents per token: time, height, width
+        "width": 256,
+        "num_layers": 6,
+        "num_heads": 4,
+        "mlp_ratio": 4.0,
+        "rope_theta": 100.0,
+        "num_position_frequencies": 4,
+        "frequency_width": 128,
+        "remat": "none",  # none | dots | full
+        "unroll": 6,  # layers of the scan written out; 1 = smallest program
+        "compute_dtype": "float32",
+        "text": {
+            "width": 128, "num_layers": 1, "num_heads": 2, "mlp_ratio": 4,
+            "ngrams": (3, 5, 8), "num_buckets": 2048, "max_bytes": 512,
+        },
+    })
+
+    config.diffusion = ConfigDict({
+        "time_mean": 0.0,  # of the logit-normal times
+        "time_std": 1.0,
+        "base_shift": 1.5,  # of the times of a clip of base_tokens tokens
+        "base_tokens": 40.0,
+    })
+
+    # The VAE that configs/vae.py trains.
+    config.vae = ConfigDict({
+        "encoder_dims": (32, 48, 64),
+        "decoder_dims": (32, 48, 64),
+        "z_dim": 8,
+        "temporal_downsample": (True, True),
+        "num_res_blocks": 1,
+        "num_mid_blocks": 2,
+        "temporal_kernels": (1, 3, 3),
+        "latent_temporal_kernel": 3,
+        "patch_size": 2,
+        "in_channels": 3,
+        "norm_eps": 1e-6,
+    })
+    config.vae_loss = ConfigDict({"reconstruction": "l1", "kl_weight": 1e-3})
+    config.pixels = ConfigDict({
+        # one size a step, drawn by weight; batch counts clips
+        "sizes": (
+            {"frames": 17, "height": 32, "width": 32, "weight": 0.3, "batch": 8},
+            {"frames": 17, "height": 48, "width": 48, "weight": 0.3, "batch": 4},
+            {"frames": 17, "height": 64, "width": 64, "weight": 0.2, "batch": 2},
+            {"frames": 9, "height": 32, "width": 48, "weight": 0.1, "batch": 10},
+            {"frames": 1, "height": 48, "width": 48, "weight": 0.1, "batch": 32},
+        ),
+        "target_fps": None,  # faster clips are thinned to it; None keeps every rate
+        "resize_share": 0.0,  # share of clips shrunk at random before they are cropped
+        "segment_frames": 64,
+        "cache_bytes": 2**30,
+    })
+
+    config.optim = ConfigDict({
+        "learning_rate": 1e-3,
+        "warmup_steps": 100,
+        "decay": "cosine",
+        "final_lr_fraction": 0.02,
+        "decay_fraction": 0.2,
+        "b1": 0.9,
+        "b2": 0.98,
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+        "ema_decay": 0.998,
+    })
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1 takes the devices that are left
+    config.checkpoint = ConfigDict({
+        "every_steps": 500,
+        "keep": 2,
+        "resume_from": "",  # another workdir to continue
+        "init_from": "",  # a workdir whose weights to start from
+    })
+    config.sampling = ConfigDict({
+        "every_steps": 1000,
+        "first_step": 100,  # an early sheet; 0 = none
+        "num_clips": 16,
+        "num_steps": 32,
+        "guidance": 3.0,
+        "seed": 0,
+        "rows": 8,
+    })
+    config.evaluation = ConfigDict({
+        "every_steps": 0,  # 0 = only at the end
+        "num_prompts": 128,
+        "num_loss_clips": 128,
+        "loss_times": (0.1, 0.3, 0.5, 0.7, 0.9),
+        "num_vae_clips": 64,
+        "seed": 1_000_000,
+    })
+    if arg == "runlocal":
+        shrink(config)
+    elif arg:
+        raise ValueError(f"config argument {arg!r} is unknown; allowed: runlocal")
+    return config
+
+
+def shrink(config: ConfigDict) -> None:
+    """Sizes for a trial of the whole chain in under two minutes."""
+    config.num_steps = 40
+    config.log_every_steps = 5
+    config.data.num_train_clips = 96
+    config.data.num_held_out_clips = 32
+    config.data.shapes.sizes = ((32, 32, 0.6), (32, 48, 0.4))
+    config.data.shapes.frames = ((1, 0.2), (9, 0.8))
+    config.packing.rows = 8
+    config.packing.row_tokens = 64
+    config.packing.row_text = 320
+    config.model.width = 64
+    config.model.num_layers = 2
+    config.model.num_heads = 2
+    config.model.unroll = 2
+    config.model.text.width = 32
+    config.optim.warmup_steps = 5
+    config.checkpoint.every_steps = 20
+    config.sampling.first_step = 10
+    config.sampling.every_steps = 20
+    config.sampling.num_clips = 4
+    config.sampling.num_steps = 4
+    config.evaluation.num_prompts = 8
+    config.evaluation.num_loss_clips = 16
+    config.evaluation.num_vae_clips = 8

@@ -1,0 +1,45 @@
+"""Where a token stands in its own clip: rotary positions in 3-D and positions relative to the frame."""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def rotary_split(head_width: int) -> tuple[int, int, int]:
+    """Widths given to (t, h, w): h = w = 2 (E // 6), t takes the rest. Source: Wan 2.1."""
+    side = 2 * (head_width // 6)
+    return head_width - 2 * side, side, side
+
+
+def rotary_angles(position_BN3, head_width: int, theta: float):
+    """Rotation angles (B, N, E/2) of every pair of channels.
+
+    Source: RoFormer, arXiv 2104.09864, eq. 15, one block of channels per axis.
+    """
+    parts = []
+    for axis, width in enumerate(rotary_split(head_width)):
+        frequencies = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+        position_BN1 = position_BN3[..., axis, None].astype(jnp.float32)
+        parts.append(position_BN1 * jnp.asarray(frequencies, jnp.float32))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def rotate(x_BNKE, angles_BNP):
+    """Rotates the interleaved pairs (2i, 2i+1) of the last axis by angles (B, N, P = E/2)."""
+    cos = jnp.cos(angles_BNP)[:, :, None].astype(x_BNKE.dtype)
+    sin = jnp.sin(angles_BNP)[:, :, None].astype(x_BNKE.dtype)
+    even, odd = x_BNKE[..., 0::2], x_BNKE[..., 1::2]
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x_BNKE.shape)
+
+
+def fractional_features(position_BN3, extent_BN3, num_frequencies: int):
+    """Fourier features of the position within the frame, (B, N, 3 * 2 * num_frequencies).
+
+    The middle of token i of n stands at (i + 0.5) / n, so one network sees the borders of every
+    size at the same place. Source: NaViT's fractional positions, arXiv 2307.06304, section 2.1.
+    """
+    fraction_BN3 = (position_BN3 + 0.5) / jnp.maximum(extent_BN3, 1)
+    frequencies = jnp.pi * 2.0 ** jnp.arange(num_frequencies, dtype=jnp.float32)
+    angles = fraction_BN3[..., None].astype(jnp.float32) * frequencies
+    features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return features.reshape(*position_BN3.shape[:2], -1)

@@ -1,0 +1,142 @@
+"""Text to video: a DiT learns the velocity of packed latents; every clip has its own time."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import numpy as np
+
+from sora_jax.core.rng import stream
+from sora_jax.core.shapes import VideoSpec
+from sora_jax.data import pipeline
+from sora_jax.data.encode import write_mp4
+from sora_jax.data.latent_cache import LatentCache
+from sora_jax.diffusion import objectives, process, times
+from sora_jax.models.dit import DiT, by_segment
+from sora_jax.run_config import RunConfig
+from sora_jax.tasks.contact_sheet import contact_sheet, write_png
+from sora_jax.tasks.latents import open_latents
+from sora_jax.tasks.sampling import Request, Sampler, clip_shift
+from sora_jax.tasks.task import Task
+from sora_jax.weights.vae_files import FrozenVAE, load_vae
+
+
+def build(config: RunConfig, workdir: str) -> Task:
+    """The task of a run; opens (or builds) the latent caches."""
+    vae = load_vae(config.latents.vae)
+    model = make_model(config, vae)
+    train, held_out = (open_latents(config, workdir, vae, split) for split in ("train", "held_out"))
+    loader = pipeline.packed_batches(
+        train, config.packing, config.model.patch, config.seed, config.num_steps,
+        jax.process_index(), jax.process_count(),
+    )
+    return Task(
+        name="diffusion",
+        init=functools.partial(init, config, model),
+        loss=functools.partial(loss, config, model),
+        batches=loader.iterate,
+        sample=functools.partial(write_samples, config, make_sampler(config, model, vae), held_out),
+    )
+
+
+def outline(config: RunConfig) -> tuple[Task, dict]:
+    """Init and loss without any data, and a batch of padding with the shapes of training."""
+    model = make_model(config, load_vae(config.latents.vae))
+    task = Task(
+        name="diffusion",
+        init=functools.partial(init, config, model), loss=functools.partial(loss, config, model),
+    )
+    return task, example_batch(config, model)
+
+
+def make_model(config: RunConfig, vae: FrozenVAE) -> DiT:
+    """The network for latents of this VAE."""
+    return DiT(config.model, token_width=int(np.prod(config.model.patch)) * vae.config.z_dim)
+
+
+def make_sampler(config: RunConfig, model: DiT, vae: FrozenVAE, **changes) -> Sampler:
+    """A sampler with the settings of config.sampling; `changes` replace fields of it."""
+    packing = {"rows": config.sampling.rows, "row_tokens": config.packing.row_tokens}
+    sampler = Sampler(
+        model, vae, config.diffusion,
+        packing=dataclasses.replace(config.packing, **packing),
+        num_steps=config.sampling.num_steps, guidance=config.sampling.guidance,
+    )
+    return dataclasses.replace(sampler, **changes)
+
+
+def init(config: RunConfig, model: DiT, key):
+    """Parameters in flax's boxes of logical axis names."""
+    batch = example_batch(config, model)
+    time_BS = np.zeros(batch["clip_BSF"].shape[:2], np.float32)
+    return model.init(key, batch, time_BS)["params"]
+
+
+def example_batch(config: RunConfig, model: DiT) -> dict:
+    """A batch of padding with the shapes of training."""
+    channels = model.token_width // int(np.prod(config.model.patch))
+    return pipeline.packed_rows.empty_rows(
+        config.packing.rows, config.packing, config.model.patch, channels
+    )
+
+
+def loss(config: RunConfig, model: DiT, params, batch: dict, key):
+    """Mean squared velocity error, clips weighted by their tokens, and counts for the log."""
+    shape_BS = batch["clip_BSF"].shape[:2]
+    time_BS = times.shift(
+        times.logit_normal(
+            stream(key, "time"), shape_BS, config.diffusion.time_mean, config.diffusion.time_std
+        ),
+        clip_shift(batch, config.diffusion),
+    )
+    error_BS, tokens_BS = clip_errors(model, params, batch, time_BS, stream(key, "noise"))
+    useful = tokens_BS.sum()
+    value = (error_BS * tokens_BS).sum() / jax.numpy.maximum(useful, 1)
+    return value, {
+        "num_clips": (tokens_BS > 0).sum(),
+        "useful_tokens": useful,
+        "num_slots": batch["segment_BN"].size,
+    }
+
+
+def clip_errors(model: DiT, params, batch: dict, time_BS, noise_key):
+    """(error_BS, tokens_BS): mean squared velocity error and number of tokens of every clip."""
+    tokens_BND = batch["tokens_BND"]
+    member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
+    noise_BND = jax.random.normal(noise_key, tokens_BND.shape)
+    time_BN1 = by_segment(time_BS[..., None], member_BNS)
+    noised = process.corrupt(tokens_BND, noise_BND, time_BN1)
+    prediction_BND = model.apply({"params": params}, {**batch, "tokens_BND": noised}, time_BS)
+    target_BND = process.velocity(tokens_BND, noise_BND)
+    error_BS = objectives.clip_mean_squared_error(prediction_BND, target_BND, member_BNS)
+    return error_BS, member_BNS.sum(1)
+
+
+def held_out_requests(cache: LatentCache, count: int, seed: int) -> list[Request]:
+    """Requests with the first captions and the sizes of the first held-out clips that move."""
+    moving = np.flatnonzero(cache.video_C3[:, 0] > 1)
+    order = np.argsort(cache.ids[moving], kind="stable")
+    requests = []
+    for clip in moving[order][:count]:
+        record = cache[int(clip)]
+        spec = VideoSpec(record.frames, record.height, record.width)
+        requests.append(Request(record.captions[0], spec, record.fps, seed + len(requests)))
+    return requests
+
+
+def write_samples(config: RunConfig, sampler: Sampler, held_out: LatentCache, params, step: int,
+                  workdir: str) -> list[str]:
+    """MP4s and a contact sheet of held-out prompts in WORKDIR/samples; returns their paths."""
+    requests = held_out_requests(held_out, config.sampling.num_clips, config.sampling.seed)
+    clips = sampler(params, requests)
+    directory = pathlib.Path(workdir) / "samples"
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for i, (request, pixels_THWC) in enumerate(zip(requests, clips, strict=True)):
+        path = directory / f"step_{step:07d}_{i:02d}.mp4"
+        write_mp4(str(path), pixels_THWC, request.fps)
+        written.append(str(path))
+    sheet = directory / f"step_{step:07d}.png"
+    write_png(sheet, contact_sheet(clips, [request.prompt for request in requests]))
+    return [*written, str(sheet)]

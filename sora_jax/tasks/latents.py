@@ -1,0 +1,170 @@
+"""From a dataset to its latent cache: every clip through the frozen VAE once."""
+
+import concurrent.futures
+import itertools
+import logging
+import pathlib
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from sora_jax.core.errors import UserError
+from sora_jax.data.clip_plan import ClipOptions, PlannedClip, clip_plan, decode_clip
+from sora_jax.data.latent_cache import CacheKey, CacheWriter, LatentCache, open_cache
+from sora_jax.data.sources import Source
+from sora_jax.run_config import RunConfig
+from sora_jax.tasks.datasets import open_dataset
+from sora_jax.weights.vae_files import FrozenVAE
+
+MAX_UNREADABLE_SHARE = 0.05
+DECODE_THREADS = 2
+_BATCHES_AHEAD = 4
+
+
+def clip_options(config: RunConfig) -> ClipOptions:
+    """How this run cuts and sizes clips."""
+    data = config.data
+    return ClipOptions(
+        max_frames=data.max_frames, max_pixels=data.max_pixels, target_fps=data.fps or None,
+        max_windows=data.max_windows,
+    )
+
+
+def open_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) -> LatentCache:
+    """The latent cache of a split, built first where the config allows it.
+
+    Raises UserError where it is missing (and may not be built), stale or damaged.
+    """
+    directory = latents_directory(config, workdir) / split
+    if config.latents.build_if_missing and not directory.is_dir():
+        return build_latents(config, workdir, vae, split)
+    key = cache_key(config, open_dataset(config.data, workdir, split), vae)
+    return open_cache(directory, key)
+
+
+def latents_directory(config: RunConfig, workdir: str) -> pathlib.Path:
+    """Where this run's caches are, one directory a split."""
+    return pathlib.Path(config.latents.directory or pathlib.Path(workdir) / "latents")
+
+
+def cache_key(config: RunConfig, source: Source, vae: FrozenVAE) -> CacheKey:
+    """What the latents of this run are made from."""
+    patch = "x".join(map(str, config.model.patch))
+    return CacheKey(
+        dataset=source.fingerprint, vae=vae.digest,
+        clips=f"{clip_options(config)}, patch {patch}", text_encoder="bytes",
+    )
+
+
+def build_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) -> LatentCache:
+    """Encodes a split and writes its cache; an existing one is replaced.
+
+    Clips of one size are encoded together. Raises UserError where more than MAX_UNREADABLE_SHARE
+    of the clips cannot be decoded.
+    """
+    source = open_dataset(config.data, workdir, split)
+    plan = clip_plan(source, clip_options(config), vae.compression, config.model.patch)
+    directory = latents_directory(config, workdir) / split
+    key = cache_key(config, source, vae)
+    start, done, failed = time.monotonic(), 0, 0
+    with CacheWriter(directory, key, vae.config.z_dim) as writer:
+        batches = list(encoding_batches(plan, config.latents.batch_pixels))
+        shapes = compiled_shapes(batches)
+        for batch, clips in decoded_ahead(source, batches):
+            kept = [(item, record, pixels) for item, record, pixels in clips if record is not None]
+            failed += len(clips) - len(kept)
+            if kept:
+                side = batch[0].spec.height, batch[0].spec.width, batch[0].spec.frames > 1
+                rows, longest = shapes[side]
+                latents = encode(vae, [pixels for *_, pixels in kept], longest, rows)
+                for (item, record, _), latents_THWC in zip(kept, latents, strict=True):
+                    writer.add(
+                        f"{record.id}@{item.window.start_frame}", latents_THWC, record.captions,
+                        item.spec.frames, item.spec.height, item.spec.width, item.window.fps,
+                    )
+            done += len(clips)
+            if failed > MAX_UNREADABLE_SHARE * len(plan):
+                raise UserError(
+                    f"{failed} of the first {done} clips of {source.directory} cannot be decoded "
+                    f"(allowed: {MAX_UNREADABLE_SHARE:.0%}); prepare the dataset again"
+                )
+    seconds = time.monotonic() - start
+    print(f"encoded {done - failed} {split} clips in {seconds:.0f} s", flush=True)
+    return open_cache(directory, key)
+
+
+def encoding_batches(plan: list[PlannedClip], batch_pixels: int) -> Iterator[list[PlannedClip]]:
+    """Clips of equal height and width, images and videos apart, in batches of at most
+    batch_pixels (at least one clip)."""
+
+    def shape(item):
+        return item.spec.height, item.spec.width, item.spec.frames > 1
+
+    for _, group in itertools.groupby(sorted(plan, key=lambda x: (shape(x), x.record)), key=shape):
+        group = list(group)
+        spec = max(item.spec for item in group)
+        count = max(1, batch_pixels // (spec.frames * spec.height * spec.width))
+        for first in range(0, len(group), count):
+            yield group[first : first + count]
+
+
+def compiled_shapes(batches):
+    """{(height, width, is video): (rows, frames)} that holds every batch of that kind."""
+    shapes = {}
+    for batch in batches:
+        spec = batch[0].spec
+        kind = spec.height, spec.width, spec.frames > 1
+        rows, frames = shapes.get(kind, (0, 0))
+        longest = max(item.spec.frames for item in batch)
+        shapes[kind] = max(rows, len(batch)), max(frames, longest)
+    return shapes
+
+
+def decoded_ahead(source: Source, batches):
+    """(batch, [(item, record, pixels_THWC)]) in order, decoded by threads a few batches ahead.
+
+    A clip that cannot be decoded has None for record and pixels and is logged by id.
+    """
+
+    def decode(batch):
+        out = []
+        for item in batch:
+            try:
+                record = source[item.record]
+                pixels = decode_clip(
+                    record.video_bytes, item.window, item.spec.height, item.spec.width, record.id
+                )
+                if len(pixels) != item.spec.frames:
+                    raise UserError(f"{record.id} has {len(pixels)} of {item.spec.frames} frames")
+                out.append((item, record, pixels))
+            except (UserError, OSError, IndexError) as error:
+                logging.warning("left out: %s", error)
+                out.append((item, None, None))
+        return batch, out
+
+    with concurrent.futures.ThreadPoolExecutor(DECODE_THREADS) as pool:
+        waiting = []
+        for batch in batches:
+            waiting.append(pool.submit(decode, batch))
+            if len(waiting) > _BATCHES_AHEAD:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+def encode(vae: FrozenVAE, clips: list[np.ndarray], longest: int, rows: int) -> list[np.ndarray]:
+    """Latents THWC of uint8 clips of one height and width, with one compiled shape for all calls.
+
+    Clips are padded in time to `longest` frames and cut after: the VAE is causal, so the latents
+    are those of the clip alone.
+    """
+    pixels_BTHWC = np.zeros((rows, longest, *clips[0].shape[1:]), np.uint8)
+    for row, pixels_THWC in enumerate(clips):
+        pixels_BTHWC[row, : len(pixels_THWC)] = pixels_THWC
+    latents_BTHWC = np.asarray(vae.encode_normalized(pixels_BTHWC))
+    step = vae.compression.time
+    return [
+        latents_BTHWC[row, : 1 + (len(pixels_THWC) - 1) // step]
+        for row, pixels_THWC in enumerate(clips)
+    ]

@@ -1,0 +1,157 @@
+"""The entry point: trains, encodes, evaluates or plans what a config names.
+
+    python -m sora_jax.train --config=configs/base.py [--workdir=runs/base] [--mode=train]
+"""
+
+import os
+import pathlib
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from sora_jax import (
+    checkpoint,
+    eval_job,
+    metrics,
+    optim,
+    plan,
+    run_config,
+    runtime,
+    sharding,
+    stopping,
+    train_state,
+)
+from sora_jax.core.rng import stream
+from sora_jax.evaluation import evaluators
+from sora_jax.tasks import encode_mode, registry
+from sora_jax.tasks.task import Task
+
+MODES = ("train", "encode", "eval", "plan")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, configs/*.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/CONFIG.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+
+
+def main(_):
+    config = run_config.resolve(_CONFIG.value)
+    workdir = _WORKDIR.value or default_workdir()
+    if _MODE.value == "plan":
+        return plan.show(config, workdir)
+    if _MODE.value == "encode":
+        return encode_mode.encode(config, workdir)
+    run_config.claim_workdir(config, workdir)
+    if _MODE.value == "eval":
+        return eval_job.follow(config, workdir)
+    return train(config, workdir)
+
+
+def default_workdir() -> str:
+    """runs/NAME for --config=configs/NAME.py, runs/NAME_ARG for configs/NAME.py:ARG."""
+    name, _, argument = str(flags.FLAGS["config"].config_filename).partition(":")
+    stem = pathlib.Path(name).stem
+    return os.path.join("runs", f"{stem}_{argument}" if argument else stem)
+
+
+def train(config: run_config.RunConfig, workdir: str) -> int | None:
+    """Trains to config.num_steps, from the newest checkpoint where there is one.
+
+    Returns the exit code: None at the end, stopping.EXIT_STOPPED after SIGTERM (state saved).
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    tx = optim.make_optimizer(config.optim, config.num_steps)
+    task = registry.build(config, workdir)
+    init_state, abstract, shardings = state_functions(config, task, tx, mesh)
+    step_fn = make_step(config, task, tx, mesh, shardings)
+    stop = stopping.StopFlag()
+    with checkpoint.Checkpointer(workdir, config.checkpoint) as checkpoints:
+        state = checkpoints.restore_or_create(abstract, shardings, init_state)
+        start = int(state.step)
+        writer = metrics.MetricWriter(workdir, start_step=start)
+        progress = metrics.Progress(config.num_steps, start)
+        late = metrics.LateMetrics()
+        for step, batch in enumerate(task.batches(start), start + 1):
+            state, scalars = step_fn(state, sharding.put_batch(batch, mesh))
+            if step % config.log_every_steps == 0 or step == config.num_steps:
+                log(late.push(step, scalars), writer, progress)
+            if stop.after(step):
+                log(late.flush(), writer, progress)
+                checkpoints.save(step, state)
+                print(f"stopped by SIGTERM; saved step {step}, the same command resumes")
+                return stopping.EXIT_STOPPED
+            if checkpoints.due(step) or step == config.num_steps:
+                log(late.flush(), writer, progress)
+                checkpoints.save(step, state)
+            if sample_due(config, step):
+                with progress.not_counted():
+                    files = task.sample(state.ema_params, step, workdir)
+                    print(f"samples: {files[-1]}", flush=True)
+            if evaluation_due(config, step):
+                with progress.not_counted():
+                    evaluators.evaluate_and_write(config, task, state.ema_params, step, workdir)
+        log(late.flush(), writer, progress)
+        for path in task.finish(state.ema_params, int(state.step), workdir):
+            print(f"wrote {path}")
+        writer.close()
+
+
+def state_functions(config, task: Task, tx, mesh):
+    """(create, abstract state, shardings): create() makes the sharded state of step 0."""
+    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    param_shardings = sharding.param_shardings(boxed, mesh)
+
+    def create():
+        params = sharding.unbox(task.init(stream(config.seed, "init")))
+        return train_state.create(params, tx)
+
+    abstract = jax.eval_shape(create)
+    shardings = sharding.state_shardings(abstract, param_shardings, mesh)
+    return jax.jit(create, out_shardings=shardings), abstract, shardings
+
+
+def make_step(config, task: Task, tx, mesh, shardings):
+    """(state, batch) -> (state, scalars), compiled; the state's buffers are reused."""
+
+    def step(state, batch):
+        key = stream(config.seed, "train", state.step)
+        (loss, scalars), grads = jax.value_and_grad(task.loss, has_aux=True)(
+            state.params, batch, key
+        )
+        state, update = train_state.apply_gradients(
+            state, grads, tx, config.optim.ema_decay, loss
+        )
+        return state, {"loss": loss, **scalars, **update}
+
+    rows = sharding.batch_sharding(mesh)
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(shardings, rows),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+
+
+def log(fetched, writer, progress) -> None:
+    """Writes and prints the scalars of a step, where there are any."""
+    if fetched is None:
+        return
+    step, scalars = fetched
+    speeds = progress.speeds(step, scalars)
+    writer.write(step, scalars, events_only=speeds)
+    print(progress.line(step, scalars, speeds), flush=True)
+
+
+def sample_due(config, step: int) -> bool:
+    """Whether samples are written after this step."""
+    every = config.sampling.every_steps
+    return step in (config.sampling.first_step, config.num_steps) or (every and step % every == 0)
+
+
+def evaluation_due(config, step: int) -> bool:
+    """Whether the run itself evaluates after this step."""
+    every = config.evaluation.every_steps
+    return step == config.num_steps or bool(every and step % every == 0)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    runtime.start(main)
