@@ -49,7 +49,7 @@ class DecodedVideo:
 
 def probe(data, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> VideoInfo:
     """The facts of a file (bytes or path) from its header and first frame; raises DecodeError."""
-    with open_video(data, name=name, max_pixels=max_pixels, threads=1) as video:
+    with open_video(data, name=name, max_pixels=max_pixels) as video:
         stream, container = video.stream, video.container
         first = next(video.frames(), None)
         if first is None:
@@ -83,7 +83,7 @@ def decode_video(
     data, *, start_frame: int = 0, num_frames: int | None = None, frame_stride: int = 1,
     fps: float | None = None, height: int | None = None, width: int | None = None,
     fit: str = "crop", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES,
-    timeout_seconds: float | None = None, threads: int | None = None, name: str | None = None,
+    timeout_seconds: float | None = None, name: str | None = None,
 ) -> DecodedVideo:
     """Frames start_frame, start_frame + frame_stride, ... of a clip (bytes or path).
 
@@ -103,8 +103,8 @@ def decode_video(
         raise UserError(f"fps = {fps} should be above 0 and at most 1000")
     guards = dict(name=name, max_pixels=max_pixels, timeout_seconds=timeout_seconds)
     start = _start(data, guards, start_frame, fps) if start_frame >= SEEK_FROM_FRAMES else _START
-    with open_video(data, threads=threads, **guards) as video:
-        timed = enumerate(_timed(video, start), start.index)
+    with open_video(data, **guards) as video:
+        timed = enumerate(timed_frames(video, start), start.index)
         if fps is None:
             timed = (item for index, item in timed
                      if index >= start_frame and (index - start_frame) % frame_stride == 0)
@@ -154,7 +154,7 @@ def _start(data, guards, start_frame, fps) -> _Start:
 
     The file's start, where a packet lacks its time stamp or does not stand for one frame.
     """
-    with open_video(data, threads=1, **guards) as video:
+    with open_video(data, **guards) as video:
         packets = [(packet.pts, packet.is_keyframe) for packet in video.container.demux(
             video.stream) if packet.size and not packet.is_discard]
         stamps = [stamp for stamp, _ in packets]
@@ -174,16 +174,14 @@ def _start(data, guards, start_frame, fps) -> _Start:
         return _Start(max(keys), stamps.index(max(keys)), stamps[0])
 
 
-def _timed(video: OpenVideo, start: _Start):
+def timed_frames(video: OpenVideo, start: _Start = _START):
     """(seconds since the file's first frame, frame); a missing or backward stamp is estimated."""
     stream = video.stream
     step = 1 / (video.rate or FALLBACK_FPS)
     if start.key_stamp is not None:
         video.container.seek(start.key_stamp, stream=stream)
     first, second = start.first_stamp, None
-    for frame in video.frames():
-        if start.key_stamp is not None and frame.pts is not None and frame.pts < start.key_stamp:
-            continue  # shown before the key frame, and built on frames that were not read
+    for frame in video.frames(start.key_stamp):
         if first is None:
             first = frame.pts
         stamped = None if frame.pts is None else float((frame.pts - first) * stream.time_base)

@@ -59,6 +59,8 @@ class Geometry:
 def read_geometry(stream, frame) -> Geometry:
     """The Geometry of a stream, whose display matrix comes with its first frame."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
+    if aspect == 1:  # MP4 says 1 where it says nothing; the coded frames may know better
+        aspect = stream.codec_context.sample_aspect_ratio or aspect
     if not Fraction(1, MAX_ASPECT) <= aspect <= MAX_ASPECT:
         raise UserError(f"its pixel aspect of {aspect.numerator}:{aspect.denominator} is not "
                         f"plausible (allowed: 1:{MAX_ASPECT} to {MAX_ASPECT}:1)")

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -19,8 +20,6 @@ from sora_jax.core.errors import UserError
 
 MAX_PIXELS = 2**25
 """Pixels of one frame: 7680x4320 just passes."""
-TINY_PIXELS = 256 * 256
-"""Frames up to this size decode in one thread: starting threads costs more than it saves."""
 
 
 class DecodeError(UserError):
@@ -44,15 +43,23 @@ class OpenVideo:
     max_pixels: int
     timeout_seconds: float | None
 
-    def frames(self) -> Iterator[av.VideoFrame]:
-        """Decoded frames in display order; raises DecodeError on damage or after the time limit."""
+    def frames(self, first_stamp: int | None = None) -> Iterator[av.VideoFrame]:
+        """Decoded frames in display order; after a seek, those from `first_stamp` on.
+
+        Raises DecodeError at the first damaged frame, even where FFmpeg conceals the damage, and
+        after the time limit.
+        """
         end = None if self.timeout_seconds is None else time.monotonic() + self.timeout_seconds
         with explained(self.name):
-            for frame in self.container.decode(self.stream):
+            for index, frame in enumerate(self.container.decode(self.stream)):
                 if end is not None and time.monotonic() > end:
                     raise DecodeError(
                         self.name, f"decoding took longer than {self.timeout_seconds:g} s"
                     )
+                if first_stamp is not None and frame.pts is not None and frame.pts < first_stamp:
+                    continue  # shown before the key frame, and built on frames that were not read
+                if frame.is_corrupt:
+                    raise DecodeError(self.name, f"frame {index} is damaged")
                 _check_pixels(self.name, frame.width, frame.height, self.max_pixels)
                 yield frame
 
@@ -75,17 +82,18 @@ def explained(name: str):
     except UserError as error:
         raise DecodeError(name, str(error)) from error
     except Exception as error:  # FFmpeg errors arrive as OSError, MemoryError, AttributeError, ...
-        text = str(error).split(": '<")[0].split(": '/")[0].replace("\n", " ")
-        raise DecodeError(name, f"{text or 'no reason given'} ({type(error).__name__})") from error
+        kind = type(error).__name__
+        # "[Errno n] what: 'where'", where only the middle says something.
+        found = re.fullmatch(r"(?:\[Errno \d+\] )?(.*?)(?:: '.*')?", " ".join(str(error).split()))
+        raise DecodeError(name, f"{found[1]} ({kind})" if found[1] else kind) from error
 
 
 @contextlib.contextmanager
 def open_video(data, *, name: str | None = None, max_pixels: int = MAX_PIXELS,
-               timeout_seconds: float | None = None, threads: int | None = None):
+               timeout_seconds: float | None = None):
     """An OpenVideo of `data` (bytes or a path), closed at the end of the block.
 
-    threads: of FFmpeg; None takes one for tiny frames, else up to four. The number changes the
-    speed only. Raises DecodeError for what is no regular file or holds no decodable video.
+    Raises DecodeError for what is no regular file or holds no decodable video.
     """
     if isinstance(data, (bytes, bytearray, memoryview)):
         name = name or "the clip"
@@ -101,13 +109,10 @@ def open_video(data, *, name: str | None = None, max_pixels: int = MAX_PIXELS,
                             container_options={"protocol_whitelist": "none"})
         with container:
             stream = _best_stream(name, container)
-            pixels = _check_pixels(name, stream.width, stream.height, max_pixels)
-            context = stream.codec_context
-            if threads is None:
-                threads = 1 if pixels <= TINY_PIXELS else min(4, os.cpu_count() or 1)
-            context.thread_count = threads
-            if threads > 1:
-                context.thread_type = "AUTO"
+            _check_pixels(name, stream.width, stream.height, max_pixels)
+            # Whoever decodes many clips has threads of its own, and one starts fastest. VP8 alone
+            # gets two: with one, FFmpeg passes over its damaged frames in silence.
+            stream.codec_context.thread_count = 2 if stream.codec_context.name == "vp8" else 1
             yield OpenVideo(name, container, stream, max_pixels, timeout_seconds)
 
 
@@ -151,6 +156,8 @@ def _best_stream(name, container):
 
 
 def _check_pixels(name, width, height, max_pixels):
+    if width < 1 or height < 1:
+        raise DecodeError(name, "holds no video frame (its picture has no size)")
     if width * height > max_pixels:
         raise DecodeError(name, f"its frames of {width}x{height} are above the limit of "
                           f"{max_pixels} pixels a frame; raise max_pixels to take them")

@@ -26,6 +26,7 @@ FEATURE_CLASSES = {
 FEATURE_NAMES = {"id", "video", "captions", "metadata", "num_frames", "height", "width", "fps",
                  "digest"}
 INDEX_VERSION = 1
+REMEDY = "delete the dataset's directory and prepare it again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Source:
             return read_example(self._records[int(i)])
         except Exception as error:  # Riegeli's errors arrive as RuntimeError, torn text as others
             raise UserError(f"record {i} of split {self.split} in {self.directory} cannot be read "
-                            f"({_line(error)}); prepare the dataset again") from error
+                            f"({_line(error)}); {REMEDY}") from error
 
     def specs(self) -> Specs:
         """Sizes, rates and caption lengths of all records, in their order."""
@@ -99,7 +100,7 @@ def open_source(directory: str, split: str = "train") -> Source:
         builder = tfds.builder_from_directory(directory)
         records = builder.as_data_source(split)
     except Exception as error:  # TFDS raises a dozen kinds
-        raise UserError(f"{directory} cannot be opened ({_line(error)}); prepare it again") \
+        raise UserError(f"{directory} cannot be opened ({_line(error)}); {REMEDY}") \
             from error
     source = Source(directory, split, records, shards)
     for i in (0, len(source) - 1):
@@ -131,10 +132,10 @@ def _read_json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_line(error)}); prepare the dataset again") \
+        raise UserError(f"{path} cannot be read ({_line(error)}); {REMEDY}") \
             from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object; prepare the dataset again")
+        raise UserError(f"{path} should hold a JSON object; {REMEDY}")
     return value
 
 
@@ -174,7 +175,7 @@ def _check_shards(directory, split):
         recorded_bytes = int(split.get("numBytes", 0))
     except (TypeError, ValueError) as error:
         raise UserError(f"{directory}/dataset_info.json has no usable shard lengths of split "
-                        f"{name!r}; prepare the dataset again") from error
+                        f"{name!r}; {REMEDY}") from error
     if not sum(lengths):
         raise UserError(f"split {name!r} of {directory} is empty")
     found = []
@@ -182,7 +183,7 @@ def _check_shards(directory, split):
         ending = f"-{name}.array_record-{i:05d}-of-{len(lengths):05d}"
         paths = [p for p in directory.iterdir() if p.name.endswith(ending)]
         if len(paths) != 1:
-            raise UserError(f"shard *{ending} of {directory} is missing; prepare the dataset again")
+            raise UserError(f"shard *{ending} of {directory} is missing; {REMEDY}")
         path = paths[0]
         try:
             reader = array_record_module.ArrayRecordReader(os.fspath(path))
@@ -190,16 +191,16 @@ def _check_shards(directory, split):
             whole = there == length and (not there or reader.read([there - 1]))
             reader.close()
         except Exception as error:  # the reader raises RuntimeError and others
-            raise UserError(f"shard {path} is damaged ({_line(error)}); prepare the dataset "
-                            "again") from error
+            raise UserError(f"shard {path} is damaged ({_line(error)}); "
+                            f"{REMEDY}") from error
         if not whole:
             raise UserError(f"shard {path} is truncated or damaged: {there} of its {length} "
-                            "records can be found; prepare the dataset again")
+                            "records can be found; {REMEDY}")
         found.append((path.name, path.stat().st_size))
     total = sum(size for _, size in found)
     if recorded_bytes and total != recorded_bytes:
         raise UserError(f"the shards of split {name!r} in {directory} hold {total} bytes, "
-                        f"dataset_info.json says {recorded_bytes}; prepare the dataset again")
+                        f"dataset_info.json says {recorded_bytes}; {REMEDY}")
     return found
 
 

@@ -1,0 +1,167 @@
+"""A folder of videos -> a dataset directory, which appears whole or not at all."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+
+from sora_jax.core.errors import UserError
+from sora_jax.data.open_video import DecodeError, open_regular
+from sora_jax.data.video_folder.captions import Entry, Folder, read_folder
+from sora_jax.data.video_folder.check import CheckOptions
+from sora_jax.data.video_folder.report import make_report, report_text
+from sora_jax.data.video_folder.worker import Limits, check_files
+
+FORMAT_VERSION = 1
+"""Part of the key of a dataset: raise it when the checks or the records change."""
+LEAST_CLIPS_TO_HOLD_OUT = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderOptions:
+    """How a folder becomes a dataset."""
+
+    caption_columns: tuple[str, ...] = ()  # () takes every column named caption, text, ...
+    held_out_share: float = 0.05  # of the clips without a split; at least one of ten clips
+    seed: int = 0  # of the choice of held-out clips
+    check: CheckOptions = CheckOptions()
+    limits: Limits = Limits()
+
+
+def prepare(folder, data_dir, options: FolderOptions = FolderOptions()) -> str:
+    """The directory of the folder's dataset below data_dir, for `sources.open_source`.
+
+    A dataset of the same files, captions and options is used again; another one never replaces
+    it. report.json and report.txt beside the shards say what became of every file. Raises
+    UserError where the folder holds no usable clip or the dataset cannot be written.
+    """
+    if not 0 <= options.held_out_share < 1:
+        raise UserError(f"held_out_share = {options.held_out_share} should be in [0, 1)")
+    folder = pathlib.Path(folder).expanduser().resolve()
+    found = read_folder(folder, options.caption_columns)
+    found, digests = _without_repeats(folder, found)
+    key = _key(found, digests, options)
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.name).strip("._") or "videos"
+    target = pathlib.Path(data_dir).expanduser() / f"{name}-{key}"
+    if (target / "dataset_info.json").is_file():
+        logging.info("video folder %s: dataset %s is up to date", folder, target)
+        return str(target)
+    results = check_files(folder, [entry.file_name for entry in found.entries], options.check,
+                          options.limits, _progress(len(found.entries)))
+    kept = [entry for entry in found.entries if not isinstance(results[entry.file_name], str)]
+    splits = _splits(kept, digests, options)
+    report = make_report(folder, found, results, splits)
+    if not kept:
+        refused = report["refused"]
+        shown = "; ".join(f"{item['file_name']}: {item['reason']}" for item in refused[:3])
+        raise UserError(f"none of the {len(refused)} files of {folder} can be used "
+                        f"({shown}{'; ...' if len(refused) > 3 else ''})")
+    _write(folder, target, kept, results, splits, report)
+    logging.info("%s", report_text(report))
+    return str(target)
+
+
+def _progress(total):
+    def on_done(done):
+        if done % 100 == 0 or done == total:
+            logging.info("video folder: %d of %d files checked", done, total)
+    return on_done
+
+
+def _without_repeats(folder, found: Folder):
+    """The folder without files of the same bytes as an earlier one, and digests by file name."""
+    digests, first, entries, refused = {}, {}, [], list(found.refused)
+    for entry in found.entries:
+        digest = hashlib.sha256()
+        try:
+            with open_regular(folder / entry.file_name) as file:
+                while piece := file.read(2**20):
+                    digest.update(piece)
+        except DecodeError:  # it is told by the check, which opens it again
+            digest.update(entry.file_name.encode())
+        except OSError as error:
+            refused.append((entry.file_name, f"cannot be read ({error.strerror})"))
+            continue
+        digest = digest.hexdigest()
+        if digest in first:
+            refused.append((entry.file_name, f"has the same content as {first[digest]}"))
+            continue
+        first[digest], digests[entry.file_name] = entry.file_name, digest
+        entries.append(entry)
+    return dataclasses.replace(found, entries=tuple(entries), refused=tuple(refused)), digests
+
+
+def _key(found, digests, options) -> str:
+    facts = {
+        "version": FORMAT_VERSION,
+        "entries": [[digests[e.file_name], dataclasses.asdict(e)] for e in found.entries],
+        "refused": found.refused,
+        "options": {**dataclasses.asdict(options), "limits": None},
+    }
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _splits(kept: list[Entry], digests, options) -> dict[str, str]:
+    """{file name: split}; a clip without one is held out by its rank in a hash of seed and bytes.
+
+    So the order and the names of the files do not matter, and a new clip moves one other at most.
+    """
+    def rank(entry):
+        return hashlib.sha256(f"{options.seed} {digests[entry.file_name]}".encode()).hexdigest()
+
+    splits = {entry.file_name: entry.split for entry in kept}
+    free = sorted((entry for entry in kept if entry.split is None), key=rank)
+    num_held_out = round(options.held_out_share * len(free))
+    if options.held_out_share and len(free) >= LEAST_CLIPS_TO_HOLD_OUT:
+        num_held_out = max(1, num_held_out)
+    else:
+        num_held_out = 0
+    for place, entry in enumerate(free):
+        splits[entry.file_name] = "held_out" if place < num_held_out else "train"
+    if kept and "train" not in splits.values():
+        raise UserError("every usable clip is held out, none is left for training; change the "
+                        "split column or held_out_share")
+    return splits
+
+
+def _write(folder, target, kept, results, splits, report):
+    """Builds beside the target and renames; a directory that is there is complete."""
+    from sora_jax.data.video_folder.builder import Clip, VideoFolder
+
+    needed = sum(results[entry.file_name].num_bytes for entry in kept)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed * 1.05 + 2**20:
+            raise UserError(f"{target.parent} has {free} bytes free, the dataset needs about "
+                            f"{int(needed * 1.05) + 2**20}; free some or choose another directory")
+        temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+        clips = [Clip(e, results[e.file_name], splits[e.file_name]) for e in kept]
+        builder = VideoFolder(folder=folder, clips=clips, data_dir=temporary,
+                              file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its own progress
+            builder.download_and_prepare()
+        built = pathlib.Path(builder.data_dir)
+        (built / "report.json").write_text(
+            json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (built / "report.txt").write_text(report_text(report) + "\n", encoding="utf-8")
+        try:
+            os.rename(built, target)
+        except OSError:
+            if not (target / "dataset_info.json").is_file():  # else another process was faster
+                raise
+    except OSError as error:
+        raise UserError(f"the dataset {target} cannot be written ({error.strerror or error}); "
+                        f"it needs about {needed} bytes") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
