@@ -6,6 +6,7 @@ described in docs/formats_checkpoint.md.
 """
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Callable
 
@@ -57,6 +58,7 @@ class Checkpointer:
         self._directory = self._workdir / "checkpoints"
         self._config, self._read_only, self._report = config, read_only, report
         self._manager = None
+        logging.getLogger("absl").addFilter(_is_news)
         if not read_only:
             _remove_empty_steps(self._directory)
             with reports_full_disk(self._directory):
@@ -192,6 +194,11 @@ class Checkpointer:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
+
+
+def _is_news(record) -> bool:
+    """Drops the tracebacks that Orbax logs of errors which it also raises from save() or wait()."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _steps(directory) -> list[int]:

@@ -1,5 +1,8 @@
 """TensorBoard event files for clu.metric_writers, without TensorFlow.
 
+Each event is in the file when write_* returns. (tensorboard's EventFileWriter has a thread that dies
+on a full disk, and then the next write blocks for ever.)
+
 clu needs TensorFlow for this one module alone. Importing this file puts it in the place of
 `clu.metric_writers.summary_writer`, which must happen before clu.metric_writers is imported:
 
@@ -8,6 +11,8 @@ clu needs TensorFlow for this one module alone. Importing this file puts it in t
 
 import importlib
 import io
+import os
+import socket
 import sys
 import time
 
@@ -16,7 +21,7 @@ from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
 
 _NUM_BUCKETS = 30
@@ -26,20 +31,25 @@ class SummaryWriter:
     """Writes one event file into a directory; the methods are those of clu's MetricWriter."""
 
     def __init__(self, logdir: str):
-        self._events = EventFileWriter(str(logdir))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        os.makedirs(logdir, exist_ok=True)
+        number = len(os.listdir(logdir))  # two writers of one process within a second
+        self._file = open(os.path.join(logdir, f"{name}.{number}"), "ab")  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+
+    def _write(self, **fields):
+        event = event_pb2.Event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
+        self._file.flush()
 
     def _add(self, step, *values):
-        summary = summary_pb2.Summary(value=values)
-        self._events.add_event(
-            event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary)
-        )
+        self._write(step=int(step), summary=summary_pb2.Summary(value=values))
 
     def start_at(self, step: int):
         """Makes TensorBoard forget what earlier files of the directory say from `step` on."""
         log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._events.add_event(
-            event_pb2.Event(wall_time=time.time(), step=int(step), session_log=log)
-        )
+        self._write(step=int(step), session_log=log)
 
     def write_scalars(self, step, scalars):
         self._add(step, *(
@@ -89,10 +99,10 @@ class SummaryWriter:
         self._add(0, *summary.value)
 
     def flush(self):
-        self._events.flush()
+        self._file.flush()
 
     def close(self):
-        self._events.close()
+        self._file.close()
 
 
 def _image(image_HWC) -> summary_pb2.Summary.Image:

@@ -4,6 +4,7 @@ docs/formats_workdir.md describes the files.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -105,16 +106,17 @@ class MetricWriter:
     def __init__(self, workdir, kind: str = "train", start_step: int | None = None):
         workdir = pathlib.Path(workdir)
         self._lines = self._events = None
+        self._full_disk = functools.partial(reports_full_disk, workdir)
         if jax.process_index():
             return
         self._lines = JsonLines(
             workdir / {"train": "metrics.jsonl", "eval": "eval.jsonl"}[kind]
         )
-        with reports_full_disk(workdir):
+        with self._full_disk():
             events = SummaryWriter(str(workdir / "tensorboard" / kind))
         if start_step is not None:
             events.start_at(start_step + 1)
-        self._events = metric_writers.AsyncMultiWriter([events])
+        self._events = metric_writers.MultiWriter([events])
 
     def write(self, step: int, metrics: dict[str, float], events_only=None) -> None:
         """One line of JSON and one point per curve.
@@ -125,32 +127,32 @@ class MetricWriter:
         if self._lines is None:
             return
         self._lines.append({"step": int(step), **metrics})
-        self._events.write_scalars(int(step), {**metrics, **(events_only or {})})
+        with self._full_disk():
+            self._events.write_scalars(int(step), {**metrics, **(events_only or {})})
 
     def write_images(self, step: int, images) -> None:
         """Images (HWC uint8) by name, to TensorBoard."""
         if self._events is not None:
-            self._events.write_images(int(step), images)
+            with self._full_disk():
+                self._events.write_images(int(step), images)
 
     def write_texts(self, step: int, texts: dict[str, str]) -> None:
         """Texts by name, to TensorBoard."""
         if self._events is not None:
-            self._events.write_texts(int(step), texts)
+            with self._full_disk():
+                self._events.write_texts(int(step), texts)
 
     def write_config(self, config) -> None:
         """The run's settings (nested mapping), to TensorBoard's HPARAMS tab."""
         if self._events is not None:
-            self._events.write_hparams(config)
-
-    def flush(self):
-        """Returns when every event is on its way to the disk."""
-        if self._events is not None:
-            self._events.flush()
+            with self._full_disk():
+                self._events.write_hparams(config)
 
     def close(self):
         """Flushes and closes the files."""
         if self._events is not None:
-            self._events.close()
+            with self._full_disk():
+                self._events.close()
             self._lines.close()
 
 
