@@ -14,7 +14,7 @@ CODECS = {
     "png": ("png", "nut", "rgb24", {}),  # lossless; 3-8 times cheaper to decode than ffv1
     # Lossless; for drawn clips half of png's time and a tenth less space, for filmed ones large.
     "qtrle": ("qtrle", "mov", "rgb24", {}),
-    "ffv1": ("ffv1", "matroska", "bgr0", {"slices": "4"}),  # lossless
+    "ffv1": ("ffv1", "matroska", "bgr0", {}),  # lossless
     "h264": ("libx264", "mp4", "yuv420p", {"crf": "16", "preset": "veryfast"}),
 }
 

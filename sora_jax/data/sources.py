@@ -195,7 +195,7 @@ def _check_shards(directory, split):
                             f"{REMEDY}") from error
         if not whole:
             raise UserError(f"shard {path} is truncated or damaged: {there} of its {length} "
-                            "records can be found; {REMEDY}")
+                            f"records can be found; {REMEDY}")
         found.append((path.name, path.stat().st_size))
     total = sum(size for _, size in found)
     if recorded_bytes and total != recorded_bytes:
