@@ -1,7 +1,7 @@
 """TensorBoard event files for clu.metric_writers, without TensorFlow.
 
-Each event is in the file when write_* returns. (tensorboard's EventFileWriter has a thread that dies
-on a full disk, and then the next write blocks for ever.)
+Each event is in the file when write_* returns. (tensorboard's EventFileWriter has a thread that
+dies on a full disk, and then the next write blocks for ever.)
 
 clu needs TensorFlow for this one module alone. Importing this file puts it in the place of
 `clu.metric_writers.summary_writer`, which must happen before clu.metric_writers is imported:

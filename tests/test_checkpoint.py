@@ -169,6 +169,26 @@ def test_any_change_of_the_arrays_changes_the_fingerprint():
     assert fingerprints({"a": two_signs}) != fingerprints({"a": jnp.ones((8,))})
 
 
+def test_fingerprint_is_the_documented_sum_on_any_mesh():
+    """The formula of docs/formats_checkpoint.md, written a second time in numpy."""
+
+    def mix(x, seed):
+        x = x ^ np.uint32(seed)
+        x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    array = np.random.default_rng(0).normal(size=(8, 3, 5)).astype(np.float32)
+    bits, place = array.view(np.uint32).ravel(), np.arange(array.size, dtype=np.uint32)
+    expected = "".join(
+        f"{int(np.sum(mix(bits + mix(place, seed), ~np.uint32(seed)), dtype=np.uint32)):08x}"
+        for seed in (0x243F6A88, 0x85A308D3))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    for where in (sharding.replicated(mesh), sharding.batch_sharding(mesh)):
+        found = fingerprints({"a": jax.device_put(array, where)})
+        assert found == {"a": {"dtype": "float32", "shape": [8, 3, 5], "sum": expected}}
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty_files", "file_gone", "half_deleted"])
 def test_damaged_step_falls_back_with_one_line_and_can_be_saved_again(three_steps, damage):
     step_dir = three_steps / "checkpoints" / "3"
