@@ -104,6 +104,17 @@ def test_a_flipped_bit_is_one_corrupt_record_and_no_wrong_latents(directory):
     np.testing.assert_array_equal(cache[5].latents_THWC, latents(5))
 
 
+def test_a_shard_exchanged_under_an_open_cache_gives_no_wrong_latents(directory, tmp_path):
+    cache = open_cache(directory, KEY)
+    with CacheWriter(tmp_path / "other", KEY, channels=4, shard_bytes=600) as writer:
+        for i in range(12):
+            writer.add(f"clip-{i}", 1 + latents(i), CAPTIONS[i % 3], 1, 16, 24, 8.0)
+    shard = sorted(directory.glob("*.array_record"))[0].name
+    (directory / shard).write_bytes((tmp_path / "other" / shard).read_bytes())
+    with pytest.raises(CorruptRecord, match="checksum differs"):
+        cache[0]
+
+
 def test_half_a_cache_is_never_taken_for_a_whole_one(tmp_path):
     writer = CacheWriter(tmp_path / "cache", KEY, channels=4)
     writer.add("a", latents(0), (), 1, 8, 8, 8.0)

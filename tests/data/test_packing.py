@@ -78,6 +78,21 @@ def test_every_clip_is_there_and_no_capacity_is_passed(seed, monkeypatch):
     assert (plan.captions_O >= -1).all() and (plan.captions_O < num_captions_O).all()
 
 
+def test_many_tiny_clips_fill_the_clips_of_a_row_and_no_more():
+    rng = np.random.default_rng(0)
+    lengths = make_lengths(rng.choice([2, 6, 12], 1000), rng, (1, 9))
+    config = PackingConfig(8, 1024, 4096, max_clips=16)
+    per_row = np.diff(make_plan(lengths, config).row_start_R1)
+    assert per_row.max() == 16 and per_row.mean() > 15.9
+
+
+def test_ends_of_windows_are_packed_again_and_not_filled_up_with_other_clips():
+    lengths = base_lengths(9000)
+    config = PackingConfig(4, 4096, 8192, window=128)  # a window holds two rows and a bit
+    plan = make_plan(lengths, config)
+    assert plan.num_filled < 0.06 * len(plan.clips_O)
+
+
 def test_clips_are_drawn_again_equally_often():
     lengths = base_lengths(500)
     plan = make_plan(lengths, PackingConfig(8, 1024, 2048))
@@ -128,30 +143,40 @@ def test_a_clip_without_captions_gets_none():
     np.testing.assert_array_equal(plan.captions_O == -1, plan.clips_O < 2)
 
 
-def test_rows_of_a_batch_cost_about_the_same_and_batches_come_in_random_order():
-    lengths = base_lengths(12000)
-    excess, step_means = {}, {}
+def batch_costs(lengths, config):
+    plan = make_plan(lengths, config)
+    cost_R = np.bincount(row_of(plan), lengths.tokens_C[plan.clips_O].astype(float) ** 2)
+    return cost_R.reshape(-1, config.rows)
+
+
+def test_rows_of_a_batch_cost_about_the_same():
+    excess = {}
     for groups in (1, 8):
         config = PackingConfig(16, 2048, 4096, balance_batches=groups)
-        plan = make_plan(lengths, config)
-        cost = np.bincount(row_of(plan), lengths.tokens_C[plan.clips_O].astype(float) ** 2)
-        cost_SB = cost.reshape(-1, config.rows)
+        cost_SB = batch_costs(base_lengths(12000), config)
         excess[groups] = np.mean(cost_SB.max(axis=1) / cost_SB.mean(axis=1)) - 1
-        step_means[groups] = cost_SB.mean(axis=1)
     assert excess[8] < 0.35 * excess[1]
-    means = step_means[8]
-    neighbours = np.corrcoef(means[:-1], means[1:])[0, 1]
-    assert abs(neighbours) < 4 / np.sqrt(len(means))
 
 
-def test_long_captions_in_a_few_clips_leave_every_block_its_steps():
+def test_cheap_and_costly_batches_come_in_random_order():
+    means = batch_costs(base_lengths(20000), PackingConfig(4, 1024, 4096)).mean(axis=1)
+    assert len(means) > 300
+    for distance in (1, 2, 7, 8):  # sorted groups of eight would show at distance 1
+        together = np.corrcoef(means[:-distance], means[distance:])[0, 1]
+        assert abs(together) < 4 / np.sqrt(len(means))
+
+
+def test_a_block_that_needs_more_rows_than_the_first_is_drawn_again(monkeypatch):
+    monkeypatch.setattr(packing, "SLACK_SHARE", 0.0)
+    monkeypatch.setattr(packing, "TRIED_BLOCKS", 1)
+    monkeypatch.setattr(packing, "MIN_BLOCK_CLIPS", 300)
     rng = np.random.default_rng(0)
     lengths = make_lengths(rng.choice(BASE, 40), rng)
-    lengths.caption_tokens_K[::20] = 2048
-    config = PackingConfig(8, 1024, 2048, caption_drop=0.5)
+    lengths.caption_tokens_K[::5] = 2048  # such a caption takes all text tokens of a row
+    config = PackingConfig(1, 1024, 2048, caption_drop=0.5)
     steps = plan_steps(lengths, config, 0)
     for block in range(12):
-        assert plan_block(lengths, config, 0, block, steps).num_rows == steps * config.rows
+        assert plan_block(lengths, config, 0, block, steps).num_rows == steps
 
 
 def test_a_clip_longer_than_a_row_is_refused_with_numbers():
