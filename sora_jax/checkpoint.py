@@ -56,7 +56,8 @@ class Checkpointer:
     ):
         self._workdir = pathlib.Path(workdir).absolute()
         self._directory = self._workdir / "checkpoints"
-        self._config, self._read_only, self._report = config, read_only, report
+        self._config, self._read_only = config, read_only
+        self._report = report if jax.process_index() == 0 else lambda line: None
         self._manager = None
         logging.getLogger("absl").addFilter(_is_news)
         if not read_only:
