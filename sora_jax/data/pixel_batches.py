@@ -179,9 +179,9 @@ class PixelBatches:
         if draws[1] < self._config.resize_share and cover < 1:
             scale = cover ** draws[2]  # log-uniform between covering the crop and full size
             H, W = max(size.height, round(H * scale)), max(size.width, round(W * scale))
-            pixels_THWC = transforms.resize(pixels_THWC, H, W)
         top, left = int(draws[3] * (H - size.height + 1)), int(draws[4] * (W - size.width + 1))
-        return transforms.crop(pixels_THWC, top, left, size.height, size.width)
+        return transforms.resize(pixels_THWC, H, W, (top, left, size.height, size.width))
+
 
 
 def pixel_batches(

@@ -104,22 +104,34 @@ def crop(pixels_THWC, top: int, left: int, height: int, width: int) -> np.ndarra
     return pixels_THWC[:, top : top + height, left : left + width]
 
 
-def resize(pixels_THWC, height: int, width: int) -> np.ndarray:
+def resize(pixels_THWC, height: int, width: int, window=None) -> np.ndarray:
     """Antialiased resizing with a cubic kernel that widens with the reduction; keeps the dtype.
 
+    window: (top, left, height, width) of the result to compute alone, at a part of the cost.
     Source: Keys 1981, "Cubic convolution interpolation", a = -0.5; the same as Pillow's BICUBIC up
     to its fixed-point rounding.
     """
     T, H, W, C = pixels_THWC.shape
+    top, left, h, w = window or (0, 0, height, width)
     if (height, width) == (H, W):
-        return pixels_THWC
-    rows_hH, columns_wW = _resample_matrix(H, height), _resample_matrix(W, width)
-    x = pixels_THWC.astype(np.float32)
-    x = np.matmul(columns_wW, x.reshape(T * H, W, C)).reshape(T, H, width * C)
-    x = np.matmul(rows_hH, x).reshape(T, height, width, C)
+        return crop(pixels_THWC, top, left, h, w)
+    rows_hH, used_H = _used(_resample_matrix(H, height)[top : top + h])
+    columns_wW, used_W = _used(_resample_matrix(W, width)[left : left + w])
+    x = pixels_THWC[:, used_H, used_W].astype(np.float32)
+    x = np.matmul(rows_hH, x.reshape(*x.shape[:2], -1)).reshape(T, h, -1, C)
+    # Columns last, so that this is one large product and not many with three columns.
+    x = np.ascontiguousarray(x.transpose(0, 1, 3, 2)).reshape(T * h * C, -1) @ columns_wW.T
+    x = x.reshape(T, h, C, w).transpose(0, 1, 3, 2)
     if pixels_THWC.dtype == np.uint8:
-        return np.clip(np.rint(x), 0, 255).astype(np.uint8)
-    return x.astype(pixels_THWC.dtype)
+        x = np.clip(np.rint(x), 0, 255)
+    return np.ascontiguousarray(x.astype(pixels_THWC.dtype))
+
+
+def _used(weights):
+    """The columns of a matrix from its first to its last that is not zero, and their slice."""
+    used = np.flatnonzero(weights.any(axis=0))
+    used = slice(used[0], used[-1] + 1)
+    return weights[:, used], used
 
 
 @functools.lru_cache(maxsize=256)

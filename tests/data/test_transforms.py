@@ -82,10 +82,19 @@ def test_uint8_survives_the_round_trip_through_floats():
 def test_resizing_keeps_constants_ramps_and_the_size_asked_for():
     flat = np.full((2, 30, 20, 3), 77, np.uint8)
     assert (resize(flat, 13, 45) == 77).all() and resize(flat, 13, 45).shape == (2, 13, 45, 3)
-    assert resize(flat, 30, 20) is flat
+    assert np.shares_memory(resize(flat, 30, 20), flat)
     ramp = np.broadcast_to(np.arange(64.0)[None, :, None, None], (1, 64, 8, 3))
     small = resize(ramp, 16, 8)[0, :, 0, 0]  # output row i covers input rows 4i .. 4i + 3
     np.testing.assert_allclose(small[2:-2], 4 * np.arange(16)[2:-2] + 1.5, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(13, 45), (30, 20), (17, 11)])
+def test_a_window_of_a_resized_clip_is_the_crop_of_the_whole(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 30, 20, 3)).astype(np.uint8)
+    whole = transforms.crop(resize(pixels, *size), 3, 2, 9, 8)
+    part = resize(pixels, *size, window=(3, 2, 9, 8))
+    assert part.shape == whole.shape and part.dtype == np.uint8
+    assert np.abs(part.astype(int) - whole).max() <= 1  # sums in another order
 
 
 def test_resizing_down_does_not_alias():
