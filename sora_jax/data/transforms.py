@@ -108,8 +108,8 @@ def resize(pixels_THWC, height: int, width: int, window=None) -> np.ndarray:
     """Antialiased resizing with a cubic kernel that widens with the reduction; keeps the dtype.
 
     window: (top, left, height, width) of the result to compute alone, at a part of the cost.
-    Source: Keys 1981, "Cubic convolution interpolation", a = -0.5; the same as Pillow's BICUBIC up
-    to its fixed-point rounding.
+    Source: Keys 1981, "Cubic convolution interpolation", a = -0.5; as Pillow's BICUBIC, which also
+    rounds and clips between the two passes.
     """
     T, H, W, C = pixels_THWC.shape
     top, left, h, w = window or (0, 0, height, width)
