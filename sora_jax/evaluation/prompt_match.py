@@ -187,11 +187,9 @@ def _measure(k, alpha_THW, core_THW, chroma_THW3, smallest_px):
     # A shape that passes under another loses area; such frames mislead shape and place.
     whole_T = area_T > 0.93 * np.quantile(area_T, 0.9)
     centers_T2 = _centres(alpha_THW)
-    shape, iou, radius = _shape(alpha_THW, centers_T2, whole_T)
-    stray_T = _outside(core_THW, centers_T2, radius)
+    shape, iou = _shape(alpha_THW, centers_T2, whole_T)
     named = (hue <= MAX_HUE_DEGREES and presence >= MIN_PRESENCE
-             and MIN_CHROMA <= strength <= MAX_CHROMA
-             and np.mean(stray_T > STRAY_AREA * smallest_px) <= MAX_STRAY)
+             and MIN_CHROMA <= strength <= MAX_CHROMA)
     smaller_side = min(alpha_THW.shape[1:])
     velocity_2 = _velocity(centers_T2, whole_T, smaller_side)
     direction, off_degrees = _direction(velocity_2)
@@ -223,9 +221,10 @@ def _centres(alpha_THW):
 
 def _shape(alpha_THW, centers_T2, whole_T):
     """The shape that overlaps best when redrawn at the measured centres and area (None where
-    none fits or two fit alike), its IoU and radius. At most six frames are compared.
+    none fits or two fit alike) and its IoU. At most six frames are compared.
 
-    Both sides are smoothed a little, so that soft edges and noise cost less overlap.
+    Both sides are smoothed a little, so that soft edges and noise cost less overlap. A second
+    object of the same colour costs overlap twice, by its area and by moving the centre.
     """
     frames = np.flatnonzero(whole_T)
     frames = frames[np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
@@ -233,25 +232,24 @@ def _shape(alpha_THW, centers_T2, whole_T):
     height, width = window_THW.shape[1:]
     area = np.median(window_THW.sum((1, 2)))
     window_THW = _smooth(window_THW)
-    iou_ST, radius_S = [], []
+    iou_ST = []
     for shape in SHAPES:
-        best = (-1.0, None, None)
+        best_T = np.full(len(frames), -1.0)
         for factor in (0.88, 0.94, 1.0, 1.06):
             radius = factor * math.sqrt(area / AREAS[shape])
             drawn_THW = _smooth(coverage(
                 shape, radius, centers_T2[frames], left_T, top_T, height, width))
             shared_T = np.minimum(drawn_THW, window_THW).sum((1, 2))
             iou_T = shared_T / (drawn_THW.sum((1, 2)) + alpha_THW[frames].sum((1, 2)) - shared_T)
-            best = max(best, (float(iou_T.mean()), radius, iou_T), key=lambda b: b[0])
-        iou_ST.append(best[2])
-        radius_S.append(best[1])
+            best_T = max(best_T, iou_T, key=np.mean)
+        iou_ST.append(best_T)
     iou_ST = np.stack(iou_ST)
     order = np.argsort(iou_ST.mean(1))
     first, second = order[-1], order[-2]
     iou = float(iou_ST[first].mean())
     clear = (iou >= MIN_IOU and iou - iou_ST[second].mean() >= MIN_MARGIN
              and np.mean(iou_ST.argmax(0) == first) >= MIN_SAME_SHAPE)
-    return (SHAPES[first] if clear else None), iou, radius_S[first]
+    return (SHAPES[first] if clear else None), iou
 
 
 def _crop(alpha_THW, centers_T2):
@@ -277,17 +275,6 @@ def _smooth(alpha_THW):
     padded = np.pad(alpha_THW, ((0, 0), (1, 1), (1, 1)))
     padded = 0.25 * (padded[:, 2:] + 2 * padded[:, 1:-1] + padded[:, :-2])
     return 0.25 * (padded[:, :, 2:] + 2 * padded[:, :, 1:-1] + padded[:, :, :-2])
-
-
-def _outside(core_THW, centers_T2, radius):
-    """Core pixels per frame that lie beyond the reach of a shape at the centre: another object
-    of the same colour."""
-    _, height, width = core_THW.shape
-    reach = 1.3 * radius + 2
-    x_TW = np.arange(width) + 0.5 - centers_T2[:, :1]
-    y_TH = np.arange(height) + 0.5 - centers_T2[:, 1:]
-    far_THW = y_TH[:, :, None] ** 2 + x_TW[:, None, :] ** 2 > reach**2
-    return (core_THW & far_THW).sum((1, 2))
 
 
 def _velocity(centers_T2, whole_T, smaller_side):

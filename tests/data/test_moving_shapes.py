@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from sora_jax.data.moving_shapes.vocabulary import (
 from sora_jax.data.moving_shapes.world import STRAIGHT_SHARE, ShapesSpec, generate
 from sora_jax.data.sources import open_source
 
+ROOT = pathlib.Path(__file__).parents[2]
 NUM_CLIPS = 400
 
 
@@ -127,6 +129,12 @@ def test_shapes_stay_inside_and_bounce_elastically(train_clips, held_out_clips):
             steps_T2, np.broadcast_to(np.array(DIRECTIONS[shape["direction"]]) * speed,
                                       steps_T2.shape), atol=1e-9)
         assert first > STRAIGHT_SHARE * (num_frames - 1)
+        if shape["bounce_edge"]:
+            x, y = centers_T2[0] + velocities_T2[0] * shape["bounce_frame"]
+            gaps = {"left": x - left, "right": width - right - x,
+                    "top": y - up, "bottom": height - down - y}
+            np.testing.assert_allclose(gaps[shape["bounce_edge"]], 0, atol=1e-6)
+            assert min(gaps.values()) > -1e-6
 
 
 def test_bounces_images_and_pairs_are_as_frequent_as_promised(train_clips):
@@ -243,7 +251,8 @@ def test_a_whole_dataset_is_reused_and_another_spec_is_another_dataset(prepared,
             builder.prepare(data_dir, **{**SMALL, **change})
 
 
-@pytest.mark.parametrize("damage", ["cut shard", "lost shard", "lost manifest", "odd manifest"])
+@pytest.mark.parametrize("damage", ["cut shard", "lost shard", "lost manifest", "odd manifest",
+                                    "another manifest"])
 def test_a_damaged_dataset_is_generated_again_with_the_same_content(prepared, damage):
     data_dir, directory = prepared
     fingerprint = open_source(str(directory), "train").fingerprint
@@ -254,9 +263,14 @@ def test_a_damaged_dataset_is_generated_again_with_the_same_content(prepared, da
         shard.unlink()
     elif damage == "lost manifest":
         (directory / builder.MANIFEST).unlink()
-    else:
+    elif damage == "odd manifest":
         (directory / builder.MANIFEST).write_text("[1]")
+    else:
+        text = (directory / builder.MANIFEST).read_text()
+        assert '"seed": 5' in text
+        (directory / builder.MANIFEST).write_text(text.replace('"seed": 5', '"seed": 6'))
     assert builder.prepare(data_dir, **SMALL) == directory
+    assert '"seed": 5' in (directory / builder.MANIFEST).read_text()
     assert open_source(str(directory), "train").fingerprint == fingerprint
 
 
@@ -287,7 +301,7 @@ builder.prepare(sys.argv[1], **SMALL)
 
 def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED_AT_THE_FOURTH_CLIP, str(tmp_path)],
-                          cwd=pathlib.Path(__file__).parents[2])
+                          cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     assert list(tmp_path.rglob("*incomplete*")), "the process should have been at work"
     directory = builder.prepare(tmp_path, **SMALL)
@@ -308,3 +322,12 @@ def test_a_data_directory_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another data directory"):
         builder.prepare(tmp_path / "file", **SMALL)
+
+
+def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall("```python\n(.*?)```", (ROOT / "docs/moving_shapes.md").read_text(), re.S)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {})
+    assert "moves" in capsys.readouterr().out

@@ -98,7 +98,8 @@ def prepare(data_dir, *, seed: int = 0, num_train: int = 6000, num_held_out: int
         name=f"seed{seed}-{num_train}-{num_held_out}-{_digest(identity)}",
         seed=seed, num_train=num_train, num_held_out=num_held_out, spec=spec,
     )
-    parent = pathlib.Path(data_dir).expanduser().absolute() / MovingShapes.name / config.name
+    data_dir = pathlib.Path(data_dir).expanduser().absolute()
+    parent = data_dir / MovingShapes.name / config.name
     directory = parent / str(MovingShapes.VERSION)
     with reports_full_disk(directory):
         try:
@@ -147,7 +148,7 @@ def _build(data_dir, config, parent, directory):
                  directory)
     downloads = parent / "incomplete-downloads"  # TFDS wants one, though nothing is downloaded
     with _quiet_tfds():
-        builder = MovingShapes(data_dir=data_dir, config=config, file_format="array_record")
+        builder = MovingShapes(data_dir=str(data_dir), config=config, file_format="array_record")
         assert builder.data_path == directory, (builder.data_path, directory)
         builder.download_and_prepare(download_dir=downloads)
     shutil.rmtree(downloads, ignore_errors=True)
