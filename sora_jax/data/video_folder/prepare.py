@@ -59,6 +59,7 @@ def prepare(folder, data_dir, options: FolderOptions = FolderOptions()) -> str:
     splits = _splits(kept, digests, options)
     report = make_report(folder, found, results, splits)
     if not kept:
+        logging.warning("%s", report_text(report))
         refused = report["refused"]
         shown = "; ".join(f"{item['file_name']}: {item['reason']}" for item in refused[:3])
         raise UserError(f"none of the {len(refused)} files of {folder} can be used "
