@@ -80,7 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "compute_dtype": "float32",
         "text": {
             "width": 128, "num_layers": 1, "num_heads": 2, "mlp_ratio": 4,
-            "ngrams": (3, 5, 8), "num_buckets": 2048, "max_bytes": 512,
+            "ngrams": (3, 5, 8), "num_buckets": 2048, "bytes_per_word": 4, "max_words": 128,
         },
     })
 

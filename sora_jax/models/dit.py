@@ -80,10 +80,12 @@ class DiT(nn.Module):
         max_clips = time_BS.shape[1]
         member_BNS = jax.nn.one_hot(segment_BN - 1, max_clips, dtype=dtype)
 
-        text_BMD = TextBytes(config.text, name="text")(batch["text_BM"], batch["text_segment_BM"])
-        summary_BSD = mean_by_segment(text_BMD, batch["text_segment_BM"], max_clips)
+        text_BWD, word_segment_BW = TextBytes(config.text, name="text")(
+            batch["text_BM"], batch["text_segment_BM"]
+        )
+        summary_BSD = mean_by_segment(text_BWD, word_segment_BW, max_clips)
         cond_BSD = self.condition(time_BS, batch["clip_BSF"], summary_BSD).astype(dtype)
-        text_BMD = text_BMD.astype(dtype)
+        text_BWD = text_BWD.astype(dtype)
 
         extent_BN3 = jnp.take_along_axis(
             patch_extent(batch["position_BN3"], segment_BN, max_clips),
@@ -107,8 +109,8 @@ class DiT(nn.Module):
             in_axes=nn.broadcast, length=config.num_layers, unroll=config.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, name="blocks")
-        segments = (segment_BN, batch["text_segment_BM"])
-        x_BND, _ = blocks(x_BND, cond_BSD, member_BNS, text_BMD, segments, angles)
+        segments = (segment_BN, word_segment_BW)
+        x_BND, _ = blocks(x_BND, cond_BSD, member_BNS, text_BWD, segments, angles)
 
         head = Linear(2 * config.width, ("embed", "modulation"), init=INIT_ZERO, name="head_mod")
         shift, scale = jnp.split(by_segment(head(nn.silu(cond_BSD)), member_BNS), 2, axis=-1)
@@ -136,11 +138,11 @@ class Block(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x_BND, cond_BSD, member_BNS, text_BMD, segments, angles_BNP):
+    def __call__(self, x_BND, cond_BSD, member_BNS, text_BWD, segments, angles_BNP):
         config = self.config
         width, heads = config.width, config.num_heads
         head_width = width // heads
-        segment_BN, text_segment_BM = segments
+        segment_BN, word_segment_BW = segments
         B, N, _ = x_BND.shape
 
         mod = Linear(6 * width, ("embed", "modulation"), init=INIT_ZERO, name="mod")
@@ -156,11 +158,11 @@ class Block(nn.Module):
         x_BND += gate1 * Linear(width, ("heads", "embed"), name="out")(y)
 
         q = Linear(width, ("embed", "heads"), name="cross_q")(layer_norm(x_BND))
-        kv = Linear(2 * width, ("text", "heads"), name="cross_kv")(text_BMD)
+        kv = Linear(2 * width, ("text", "heads"), name="cross_kv")(text_BWD)
         k, v = jnp.split(kv.reshape(B, -1, 2 * heads, head_width), 2, axis=2)
         q = RMSNorm(name="cross_q_norm")(q.reshape(B, N, heads, head_width))
         k = RMSNorm(name="cross_k_norm")(k)
-        y = attention(q, k, v, segment_BN, text_segment_BM).reshape(B, N, width)
+        y = attention(q, k, v, segment_BN, word_segment_BW).reshape(B, N, width)
         x_BND += Linear(width, ("heads", "embed"), init=INIT_ZERO, name="cross_out")(y)
 
         y = modulate(layer_norm(x_BND), shift2, scale2)

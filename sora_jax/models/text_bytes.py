@@ -1,7 +1,8 @@
 """A text encoder on bytes, trained along with the model: no vocabulary, no download.
 
-A byte alone says little, so each position also looks up hashed n-grams that end there (as in BLT,
-arXiv 2412.09871, section 3.2.1): words are told apart before the first layer.
+A word is the sum of embeddings of its bytes and of hashed n-grams that end in it, so that words are
+told apart before the first layer (as in fastText, arXiv 1607.04606, section 3.2, and BLT, arXiv
+2412.09871, section 3.2.1); attention then runs over words, of which there are far fewer than bytes.
 """
 
 import dataclasses
@@ -14,12 +15,15 @@ from sora_jax.models.attention import attention
 from sora_jax.models.layers import Linear, RMSNorm, layer_norm
 
 NUM_BYTE_IDS = 258  # 0 padding, 1 begin, then the 256 bytes
+SPACE = 32 + 2
+LONGEST_WORD = 16  # bytes
 _HASH_MULTIPLIER = 1_000_003
 
 
 @dataclasses.dataclass(frozen=True)
 class TextBytesConfig:
-    """Sizes of the byte encoder. `ngrams` are the lengths hashed into `num_buckets` rows each."""
+    """Sizes of the byte encoder. `ngrams` are the lengths hashed into `num_buckets` rows each;
+    a row of M bytes has room for M // bytes_per_word words."""
 
     width: int = 128
     num_layers: int = 2
@@ -27,7 +31,8 @@ class TextBytesConfig:
     mlp_ratio: int = 4
     ngrams: tuple[int, ...] = (3, 5, 8)
     num_buckets: int = 2048
-    max_bytes: int = 512
+    bytes_per_word: int = 4
+    max_words: int = 128
 
 
 def ngram_buckets(text_BM, segment_BM, length: int, num_buckets: int):
@@ -50,30 +55,48 @@ def offsets_in_segment(segment_BM):
     return index - jax.lax.cummax(start_BM, axis=1)
 
 
+def word_index(text_BM, segment_BM):
+    """Number (B, M) of the word each byte belongs to, counted along the row from 0.
+
+    A word begins with a text, after a space, and every LONGEST_WORD bytes of a text (languages
+    without spaces are cut there). Padding goes on counting.
+    """
+    before_BM = jnp.pad(text_BM, ((0, 0), (1, 0)))[:, :-1]
+    offset_BM = offsets_in_segment(segment_BM)
+    begins_BM = (offset_BM % LONGEST_WORD == 0) | ((before_BM == SPACE) & (text_BM != SPACE))
+    return jnp.cumsum(begins_BM, axis=1) - 1
+
+
 class TextBytes(nn.Module):
-    """Byte ids (B, M) with segments (B, M) -> features (B, M, width), each text on its own."""
+    """Byte ids (B, M) with segments (B, M) -> words (B, W, width) and their segments (B, W), with
+    W = M // bytes_per_word; each text on its own. Words beyond W are left out."""
 
     config: TextBytesConfig
 
     @nn.compact
     def __call__(self, text_BM, segment_BM):
         config = self.config
+        num_words = text_BM.shape[1] // config.bytes_per_word
 
         def table(name, rows):
-            init = nn.with_logical_partitioning(
-                nn.initializers.normal(0.5), ("vocab", "embed")
-            )
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.5), ("vocab", "embed"))
             return self.param(name, init, (rows, config.width), jnp.float32)
 
-        x_BMD = table("bytes", NUM_BYTE_IDS)[text_BM]
+        bytes_BMD = table("byte_table", NUM_BYTE_IDS)[text_BM]
         for length in config.ngrams:
             buckets = ngram_buckets(text_BM, segment_BM, length, config.num_buckets)
-            x_BMD += table(f"ngram_{length}", config.num_buckets)[buckets]
-        offset_BM = jnp.minimum(offsets_in_segment(segment_BM), config.max_bytes - 1)
-        x_BMD += 0.1 * table("positions", config.max_bytes)[offset_BM]
+            bytes_BMD += table(f"ngram_{length}_table", config.num_buckets)[buckets]
+        index_BM = jnp.where(segment_BM > 0, word_index(text_BM, segment_BM), -1)
+        member_BMW = jax.nn.one_hot(index_BM, num_words)
+        x_BWD = layer_norm(jnp.einsum("BMD,BMW->BWD", bytes_BMD, member_BMW))
+        word_segment_BW = jnp.max(
+            jnp.where(member_BMW > 0, segment_BM[..., None], 0), axis=1
+        )
+        offset_BW = jnp.minimum(offsets_in_segment(word_segment_BW), config.max_words - 1)
+        x_BWD += 0.2 * table("position_table", config.max_words)[offset_BW]
         for i in range(config.num_layers):
-            x_BMD = TextBlock(config, name=f"block_{i}")(x_BMD, segment_BM)
-        return RMSNorm(name="norm")(x_BMD)
+            x_BWD = TextBlock(config, name=f"block_{i}")(x_BWD, word_segment_BW)
+        return RMSNorm(name="norm")(x_BWD), word_segment_BW
 
 
 class TextBlock(nn.Module):

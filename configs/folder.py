@@ -1,0 +1,31 @@
+"""Text to video on a folder of your own clips.
+
+Command:  python -m sora_jax.train --config=configs/folder.py --config.data.folder=DIR \\
+              --config.latents.vae=runs/vae_folder/vae.safetensors
+Before:   python -m sora_jax.train --config=configs/vae_folder.py --config.data.folder=DIR
+Time:     TIME
+Result:   RESULT
+"""
+
+import pathlib
+import runpy
+
+BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
+
+
+def get_config(arg: str = ""):
+    """configs/base.py on a folder. arg "runlocal" shrinks everything to a trial."""
+    config = BASE["get_config"](arg)
+    config.data.dataset = "video_folder"
+    config.data.max_frames = 17
+    config.data.max_windows = 4
+    config.data.max_pixels = 96 * 96
+    config.data.fps = 8.0
+    if arg == "runlocal":
+        config.data.max_frames = 9
+        config.data.max_windows = 2
+        config.data.max_pixels = 48 * 48
+        config.packing.row_text = 640
+        return config
+    config.num_steps = 1000
+    return config

@@ -1,0 +1,86 @@
+"""Rectified flow: conversions invert each other, the sampler has the order it claims."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.diffusion import guidance, objectives, process, samplers, times
+
+
+def test_data_and_noise_come_back_from_the_noised_sample_and_the_velocity():
+    rng = np.random.default_rng(0)
+    x0, noise = rng.normal(size=(2, 5, 3))
+    time = rng.uniform(0.05, 0.95, size=(5, 1))
+    xt, v = process.corrupt(x0, noise, time), process.velocity(x0, noise)
+    np.testing.assert_allclose(process.data_from_velocity(xt, v, time), x0, atol=1e-12)
+    np.testing.assert_allclose(process.noise_from_velocity(xt, v, time), noise, atol=1e-12)
+
+
+def test_time_zero_is_data_and_time_one_is_noise():
+    assert process.corrupt(3.0, 7.0, 0.0) == 3.0
+    assert process.corrupt(3.0, 7.0, 1.0) == 7.0
+
+
+def test_the_velocity_is_the_derivative_of_the_path():
+    derivative = jax.grad(lambda t: process.corrupt(3.0, 7.0, t))(0.4)
+    assert derivative == process.velocity(3.0, 7.0)
+
+
+def test_the_shift_keeps_the_ends_moves_to_noise_and_matches_the_resolution_formula():
+    t = jnp.linspace(0, 1, 11)
+    moved = times.shift(t, 3.0)
+    assert moved[0] == 0 and moved[-1] == 1
+    assert np.all(np.asarray(moved[1:-1] > t[1:-1]))
+    # SD3 eq. 23: the signal-to-noise ratio (1-t)/t falls by the factor
+    np.testing.assert_allclose(
+        (1 - moved[1:-1]) / moved[1:-1], (1 - t[1:-1]) / t[1:-1] / 3.0, rtol=1e-5
+    )
+    np.testing.assert_array_equal(times.shift(t, 1.0), t)
+
+
+def test_the_size_shift_grows_with_the_root_of_the_tokens_and_is_at_least_one():
+    np.testing.assert_allclose(times.size_shift(jnp.array([40.0, 160.0]), 40.0, 1.5), [1.5, 3.0])
+    assert times.size_shift(jnp.array(1.0), 40.0, 1.5) == 1.0
+
+
+def test_logit_normal_times_have_the_asked_logit():
+    t = times.logit_normal(jax.random.key(0), (20_000,), 0.5, 1.2)
+    logit = jnp.log(t / (1 - t))
+    np.testing.assert_allclose([logit.mean(), logit.std()], [0.5, 1.2], atol=0.03)
+
+
+def gaussian_velocity(x, t, mean=1.0, std=0.5):
+    """The exact E[eps - x0 | x_t] for x0 ~ N(mean, std^2)."""
+    variance = (1 - t) ** 2 * std**2 + t**2
+    expected_noise = t / variance * (x - (1 - t) * mean)
+    expected_data = mean + (1 - t) * std**2 / variance * (x - (1 - t) * mean)
+    return expected_noise - expected_data
+
+
+def test_euler_reaches_the_data_distribution_with_order_one():
+    noise = jnp.linspace(-2.0, 2.0, 9)
+    exact = 1.0 + 0.5 * noise  # the flow of a Gaussian maps quantiles to quantiles
+    errors = []
+    for steps in (32, 64, 128, 256):
+        out = samplers.euler(gaussian_velocity, noise, times.sampling_grid(steps))
+        errors.append(float(jnp.abs(out - exact).max()))
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    np.testing.assert_allclose(orders, 1.0, atol=0.15)
+
+
+def test_guidance_one_is_no_guidance_and_zero_ignores_the_text():
+    a, b = np.array([1.0, 2.0]), np.array([0.0, 4.0])
+    np.testing.assert_array_equal(guidance.guide(a, b, 1.0), a)
+    np.testing.assert_array_equal(guidance.guide(a, b, 0.0), b)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_the_loss_of_a_clip_is_the_mean_over_its_own_tokens(weight):
+    member = np.zeros((1, 5, 3), np.float32)
+    member[0, :2, 0] = member[0, 2:4, 1] = 1  # token 4 is padding, clip 2 is empty
+    prediction = np.zeros((1, 5, 2), np.float32)
+    target = np.arange(10, dtype=np.float32).reshape(1, 5, 2) * weight
+    out = objectives.clip_mean_squared_error(prediction, target, member)
+    expected = np.array([[(target[0, :2] ** 2).mean(), (target[0, 2:4] ** 2).mean(), 0.0]])
+    np.testing.assert_allclose(out, expected, rtol=1e-6)

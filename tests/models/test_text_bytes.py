@@ -1,0 +1,60 @@
+"""The byte encoder: words are cut as documented, and each text is on its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.data.tokenizers import VOCABULARY_SIZE, encode_bytes
+from sora_jax.models.text_bytes import (
+    LONGEST_WORD,
+    NUM_BYTE_IDS,
+    TextBytes,
+    TextBytesConfig,
+    word_index,
+)
+from sora_jax.sharding import unbox
+
+CONFIG = TextBytesConfig(width=8, num_layers=1, num_heads=2, num_buckets=32)
+
+
+def row(texts, length=64):
+    ids, segments = [], []
+    for number, text in enumerate(texts, 1):
+        ids.extend(encode_bytes(text))
+        segments.extend([number] * (1 + len(text.encode())))
+    pad = length - len(ids)
+    return np.array([ids + [0] * pad]), np.array([segments + [0] * pad])
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer():
+    assert NUM_BYTE_IDS == VOCABULARY_SIZE
+
+
+def test_words_begin_with_a_text_after_spaces_and_in_endless_words():
+    text = "a red  " + "x" * (2 * LONGEST_WORD)
+    ids, segments = row([text, "b"])
+    index = np.asarray(word_index(jnp.asarray(ids), jnp.asarray(segments)))[0]
+    starts = np.flatnonzero(np.diff(index[: 2 + len(text)], prepend=-1))
+    expected = sorted({0, 3, 8, LONGEST_WORD, 2 * LONGEST_WORD, 1 + len(text)})
+    assert starts.tolist() == expected  # byte 0 is BOS
+
+
+def encode(ids, segments):
+    model = TextBytes(CONFIG)
+    params = unbox(model.init(jax.random.key(0), ids, segments)["params"])
+    return model.apply({"params": params}, ids, segments)
+
+
+def test_a_text_is_encoded_the_same_beside_any_other():
+    alone, alone_segment = encode(*row(["a red circle"]))
+    beside, beside_segment = encode(*row(["something else", "a red circle"]))
+    np.testing.assert_allclose(
+        alone[alone_segment == 1], beside[beside_segment == 2], atol=1e-6
+    )
+
+
+def test_words_without_room_are_left_out_and_never_given_to_another_text():
+    ids, segments = row(["a b c d e f g h i j k l m n o p q r s t", "z"])
+    _, words = encode(ids, segments)
+    assert words.shape == (1, 64 // CONFIG.bytes_per_word)
+    assert set(np.asarray(words)[0]) == {1}, "16 places, all taken by the first text"
