@@ -166,7 +166,7 @@ class Progress:
     def __init__(self, num_steps: int, start_step: int = 0, clock=time.monotonic):
         self._num_steps, self._clock = num_steps, clock
         self._last_step, self._last_time = start_step, clock()
-        self._step_seconds = None
+        self._step_seconds, self._num_intervals = None, 0
 
     @contextlib.contextmanager
     def not_counted(self):
@@ -180,12 +180,12 @@ class Progress:
         the call before; those whose counts are not in metrics are left out."""
         now = self._clock()
         steps, seconds = step - self._last_step, max(now - self._last_time, 1e-9)
-        first = self._step_seconds is None or self._last_step == 0
         seconds_a_step = seconds / max(1, steps)
-        # The first interval holds the compilation: it is replaced, later ones are averaged.
-        self._step_seconds = (
-            seconds_a_step if first else 0.7 * self._step_seconds + 0.3 * seconds_a_step
-        )
+        # The first interval holds the compilation: the second replaces it, later ones are averaged.
+        self._num_intervals += 1
+        weight = 1.0 if self._num_intervals <= 2 else 0.3
+        before = self._step_seconds or 0.0
+        self._step_seconds = before + weight * (seconds_a_step - before)
         self._last_step, self._last_time = step, now
         speeds = {"steps_per_second": 1 / seconds_a_step}
         if "num_clips" in metrics:

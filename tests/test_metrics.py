@@ -1,6 +1,5 @@
 """Numbers survive the way to the files, also over a kill; TensorBoard reads its files."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -106,17 +105,19 @@ def test_tensorflow_is_never_imported():
 
 
 def test_progress_line_and_its_speeds():
-    times = itertools.chain([0.0, 5.0], itertools.count(25.0, 20.0))
-    progress = Progress(100, clock=lambda: next(times))
+    times = iter([0.0, 500.0, 520.0, 530.0])
+    progress = Progress(100, start_step=10, clock=lambda: next(times))
     metrics = {"loss": 0.5, "num_clips": 8.0, "useful_tokens": 1960.0, "num_slots": 2000.0}
-    progress.speeds(10, metrics)  # at 5 s, then at 25 s
-    speeds = progress.speeds(20, metrics)
+    progress.speeds(11, metrics)  # slow: it compiles, and must not count
+    speeds = progress.speeds(21, metrics)
     assert speeds == pytest.approx({
         "steps_per_second": 0.5, "clips_per_second": 4.0, "useful_tokens_per_second": 980.0,
         "padding_percent": 2.0})
-    line = progress.line(20, metrics, speeds)
-    assert line.startswith("step  20/100  loss 0.5000  4.0 clips/s  980 tokens/s  padding 2.0 %")
-    assert line.endswith(" left")
+    assert progress.line(21, metrics, speeds) == (
+        "step  21/100  loss 0.5000  4.0 clips/s  980 tokens/s  padding 2.0 %  2:38 left")
+    speeds = progress.speeds(31, {"loss": 0.25})  # twice as fast: 0.3 of the way is believed
+    assert progress.line(31, {"loss": 0.25, "num_skipped": 2.0}, speeds) == (
+        "step  31/100  loss 0.2500  2 steps skipped (not finite)  1:57 left")
 
 
 def test_evaluation_does_not_slow_the_speeds():

@@ -78,15 +78,15 @@ def test_decay_shrinks_matrices_at_zero_gradient_and_leaves_the_rest():
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before():
-    """With b1 = b2 = 0 and a large eps Adam divides by eps: the update is the clipped gradient."""
+    """With b1 = b2 = 0 and a large eps Adam divides by eps: the update is twice the clipped gradient."""
     tx = make_optimizer(OptimConfig(
-        learning_rate=1e6, warmup_steps=0, decay="constant", b1=0.0, b2=0.0, eps=1e6,
+        learning_rate=2e6, warmup_steps=0, decay="constant", b1=0.0, b2=0.0, eps=1e6,
         clip_norm=1.0), 10)
     params = {"a": jnp.zeros((4,))}
     state, metrics = train_state.apply_gradients(
         train_state.create(params, tx), {"a": jnp.full((4,), 3.0)}, tx, 0.9)
     assert float(metrics["grad_norm"]) == pytest.approx(6.0)
-    np.testing.assert_allclose(np.linalg.norm(state.params["a"]), 1.0, rtol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(state.params["a"]), 2.0, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
