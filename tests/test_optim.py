@@ -78,7 +78,7 @@ def test_decay_shrinks_matrices_at_zero_gradient_and_leaves_the_rest():
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before():
-    """With b1 = b2 = 0 and a large eps Adam divides by eps: the update is twice the clipped gradient."""
+    """With b1 = b2 = 0 and a large eps Adam divides by eps: the update is twice what is left."""
     tx = make_optimizer(OptimConfig(
         learning_rate=2e6, warmup_steps=0, decay="constant", b1=0.0, b2=0.0, eps=1e6,
         clip_norm=1.0), 10)
