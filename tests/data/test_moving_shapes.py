@@ -274,6 +274,22 @@ def test_a_damaged_dataset_is_generated_again_with_the_same_content(prepared, da
     assert open_source(str(directory), "train").fingerprint == fingerprint
 
 
+def test_a_shard_that_was_written_short_is_never_taken_as_whole(tmp_path, monkeypatch):
+    build = builder._build
+
+    def build_and_cut(data_dir, config, parent, directory):
+        build(data_dir, config, parent, directory)
+        shard = next(directory.glob("*-train.array_record-*"))
+        shard.write_bytes(shard.read_bytes()[:-40_000])
+
+    monkeypatch.setattr(builder, "_build", build_and_cut)
+    with pytest.raises(Exception):
+        builder.prepare(tmp_path, **SMALL)
+    assert not list(tmp_path.rglob(builder.MANIFEST))
+    monkeypatch.setattr(builder, "_build", build)
+    assert len(open_source(str(builder.prepare(tmp_path, **SMALL)), "train")) == 6
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_dataset(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
