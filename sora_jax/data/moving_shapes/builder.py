@@ -26,6 +26,8 @@ CODEC = "qtrle"
 MANIFEST = "manifest.json"
 _CLIPS_PER_SHARD = 2048
 
+_log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass
 class MovingShapesConfig(tfds.core.BuilderConfig):
@@ -142,10 +144,9 @@ def _build(data_dir, config, parent, directory):
     for leftover in parent.glob("*incomplete*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if directory.exists():
-        logging.warning("%s is incomplete or damaged and is generated again", directory)
+        _log.warning("%s is incomplete or damaged and is generated again", directory)
         shutil.rmtree(directory)
-    logging.info("generating %d + %d clips into %s", config.num_train, config.num_held_out,
-                 directory)
+    _log.info("generating %d + %d clips into %s", config.num_train, config.num_held_out, directory)
     downloads = parent / "incomplete-downloads"  # TFDS wants one, though nothing is downloaded
     with _quiet_tfds():
         builder = MovingShapes(data_dir=str(data_dir), config=config, file_format="array_record")
@@ -176,10 +177,13 @@ def _check_shards(directory, identity):
     for split, count in identity["clips"].items():
         found = 0
         for path in _shard_paths(directory, split):
-            reader = ArrayRecordReader(str(path))
-            found += reader.num_records()
-            reader.read([reader.num_records() - 1])
-            reader.close()
+            try:
+                reader = ArrayRecordReader(str(path))
+                found += reader.num_records()
+                reader.read([reader.num_records() - 1])
+                reader.close()
+            except Exception as error:  # the library raises several types of its own
+                raise OSError(f"{path} was not written whole: {error}") from error
         if found != count:
             raise OSError(f"{directory} holds {found} {split} clips instead of {count}")
 
