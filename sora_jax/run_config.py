@@ -12,6 +12,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.data.moving_shapes.world import ShapesSpec
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pixel_batches import PixelConfig
+from sora_jax.data.video_folder.options import FolderOptions
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.optim import OptimConfig
@@ -19,16 +20,6 @@ from sora_jax.sharding import MeshConfig
 
 TASKS = ("diffusion", "vae")
 DATASETS = ("moving_shapes", "video_folder")
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderConfig:
-    """How a folder of videos becomes a dataset (see docs/your_videos.md)."""
-
-    caption_columns: tuple[str, ...]  # empty: found by name
-    held_out_share: float  # of the clips that no `split` column places
-    max_pixels: int  # largest frame that is decoded, in pixels
-    timeout_seconds: float  # for decoding one file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +33,7 @@ class DataConfig:
     num_train_clips: int  # moving_shapes
     num_held_out_clips: int  # moving_shapes
     shapes: ShapesSpec
-    from_folder: FolderConfig
+    from_folder: FolderOptions
     max_frames: int  # 1 + 4k; longer clips are cut into windows
     max_windows: int  # windows taken of one clip
     max_pixels: int  # height * width after resizing
@@ -94,7 +85,7 @@ class SamplingConfig:
 
     every_steps: int
     first_step: int  # the first sheet, so that one sees something early; 0 = none
-    num_clips: int
+    num_clips: int  # 0 = no samples
     num_steps: int  # Euler steps
     guidance: float  # 1 = none
     seed: int
@@ -103,7 +94,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Figures of a checkpoint."""
+    """Figures of a checkpoint; a count of 0 leaves its figure out."""
 
     every_steps: int  # 0 = only at the end
     num_prompts: int

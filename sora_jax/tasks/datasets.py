@@ -19,7 +19,8 @@ def prepare_dataset(config: DataConfig, workdir: str) -> pathlib.Path:
         )
     from sora_jax.data import video_folder
 
-    return pathlib.Path(video_folder.prepare(config.folder, data_dir, config.from_folder))
+    return pathlib.Path(
+        video_folder.prepare(config.folder, data_dir, config.from_folder, config.seed))
 
 
 def open_dataset(config: DataConfig, workdir: str, split: str) -> sources.Source:

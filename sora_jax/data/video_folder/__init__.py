@@ -1,7 +1,6 @@
 """A user's folder of videos as a dataset."""
 
-from sora_jax.data.video_folder.check import CheckOptions
-from sora_jax.data.video_folder.prepare import FolderOptions, prepare
-from sora_jax.data.video_folder.worker import Limits
+from sora_jax.data.video_folder.options import FolderOptions
+from sora_jax.data.video_folder.prepare import prepare
 
-__all__ = ["CheckOptions", "FolderOptions", "Limits", "prepare"]
+__all__ = ["FolderOptions", "prepare"]

@@ -13,19 +13,9 @@ from sora_jax.data.decode import decode_video, measured_fps, timed_frames
 from sora_jax.data.geometry import Painter
 from sora_jax.data.open_video import DecodeError, open_regular, open_video
 from sora_jax.data.records import content_digest
+from sora_jax.data.video_folder.options import FolderOptions
 
 MAX_FPS = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckOptions:
-    """What a clip must satisfy."""
-
-    min_side: int = 16  # pixels, as displayed
-    max_pixels: int = 2**25  # of a frame
-    max_file_bytes: int = 2**29
-    min_frames_of_damaged: int = 8  # a damaged file with fewer good frames is refused
-    timeout_seconds: float = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +33,7 @@ class Checked:
     notes: tuple[str, ...]
 
 
-def check_file(path: str, options: CheckOptions, complaint=lambda: None) -> Checked:
+def check_file(path: str, options: FolderOptions, complaint=lambda: None) -> Checked:
     """Facts of a file that can be kept; raises DecodeError with the reason where it cannot.
 
     complaint() gives FFmpeg's next message of damage since its last call, or None.

@@ -15,48 +15,36 @@ import tempfile
 from sora_jax.core.errors import UserError
 from sora_jax.data.open_video import DecodeError, open_regular
 from sora_jax.data.video_folder.captions import Entry, Folder, read_folder
-from sora_jax.data.video_folder.check import CheckOptions
+from sora_jax.data.video_folder.options import FolderOptions
 from sora_jax.data.video_folder.report import make_report, report_text
-from sora_jax.data.video_folder.worker import Limits, check_files
+from sora_jax.data.video_folder.worker import check_files
 
 FORMAT_VERSION = 1
 """Part of the key of a dataset: raise it when the checks or the records change."""
-LEAST_CLIPS_TO_HOLD_OUT = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class FolderOptions:
-    """How a folder becomes a dataset."""
-
-    caption_columns: tuple[str, ...] = ()  # () takes every column named caption, text, ...
-    held_out_share: float = 0.05  # of the clips without a split; at least one of ten clips
-    seed: int = 0  # of the choice of held-out clips
-    check: CheckOptions = CheckOptions()
-    limits: Limits = Limits()
-
-
-def prepare(folder, data_dir, options: FolderOptions = FolderOptions()) -> str:
+def prepare(folder, data_dir, options: FolderOptions = FolderOptions(), seed: int = 0) -> str:
     """The directory of the folder's dataset below data_dir, for `sources.open_source`.
+
+    seed: of the choice of held-out clips.
 
     A dataset of the same files, captions and options is used again; another one never replaces
     it. report.json and report.txt beside the shards say what became of every file. Raises
     UserError where the folder holds no usable clip or the dataset cannot be written.
     """
-    if not 0 <= options.held_out_share < 1:
-        raise UserError(f"held_out_share = {options.held_out_share} should be in [0, 1)")
     folder = pathlib.Path(folder).expanduser().resolve()
     found = read_folder(folder, options.caption_columns)
     found, digests = _without_repeats(folder, found)
-    key = _key(found, digests, options)
+    key = _key(found, digests, options, seed)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.name).strip("._") or "videos"
     target = pathlib.Path(data_dir).expanduser() / f"{name}-{key}"
     if (target / "dataset_info.json").is_file():
         logging.info("video folder %s: dataset %s is up to date", folder, target)
         return str(target)
-    results = check_files(folder, [entry.file_name for entry in found.entries], options.check,
-                          options.limits, _progress(len(found.entries)))
+    results = check_files(folder, [entry.file_name for entry in found.entries], options,
+                          _progress(len(found.entries)))
     kept = [entry for entry in found.entries if not isinstance(results[entry.file_name], str)]
-    splits = _splits(kept, digests, options)
+    splits = _splits(kept, digests, options.held_out_share, seed)
     report = make_report(folder, found, results, splits)
     if not kept:
         logging.warning("%s", report_text(report))
@@ -99,32 +87,31 @@ def _without_repeats(folder, found: Folder):
     return dataclasses.replace(found, entries=tuple(entries), refused=tuple(refused)), digests
 
 
-def _key(found, digests, options) -> str:
+def _key(found, digests, options, seed) -> str:
     facts = {
         "version": FORMAT_VERSION,
         "entries": [[digests[e.file_name], dataclasses.asdict(e)] for e in found.entries],
         "refused": found.refused,
-        "options": {**dataclasses.asdict(options), "limits": None},
+        "options": options.identity(),
+        "seed": seed,
     }
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _splits(kept: list[Entry], digests, options) -> dict[str, str]:
+def _splits(kept: list[Entry], digests, share, seed) -> dict[str, str]:
     """{file name: split}; a clip without one is held out by its rank in a hash of seed and bytes.
 
     So the order and the names of the files do not matter, and a new clip moves one other at most.
     """
     def rank(entry):
-        return hashlib.sha256(f"{options.seed} {digests[entry.file_name]}".encode()).hexdigest()
+        return hashlib.sha256(f"{seed} {digests[entry.file_name]}".encode()).hexdigest()
 
     splits = {entry.file_name: entry.split for entry in kept}
     free = sorted((entry for entry in kept if entry.split is None), key=rank)
-    num_held_out = round(options.held_out_share * len(free))
-    if options.held_out_share and len(free) >= LEAST_CLIPS_TO_HOLD_OUT:
-        num_held_out = max(1, num_held_out)
-    else:
-        num_held_out = 0
+    num_held_out = 0 if not share or len(kept) < 2 else max(1, round(share * len(free)))
+    if "held_out" in splits.values():
+        num_held_out = round(share * len(free))
     for place, entry in enumerate(free):
         splits[entry.file_name] = "held_out" if place < num_held_out else "train"
     if kept and "train" not in splits.values():

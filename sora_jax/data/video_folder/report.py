@@ -29,7 +29,7 @@ def make_report(folder, found: Folder, results: dict, splits: dict[str, str]) ->
     remarks = list(found.remarks)
     usable = kept + changed
     if usable and not any(item["split"] == "held_out" for item in usable):
-        remarks.append("no clip is held out: there is no held_out split")
+        remarks.append("no clip is held out; evaluation needs one")
     return {
         "folder": str(folder),
         "counts": {"kept": len(kept), "changed": len(changed), "refused": len(refused),

@@ -19,26 +19,21 @@ import tempfile
 import time
 
 from sora_jax.data.open_video import DecodeError
-from sora_jax.data.video_folder.check import Checked, CheckOptions, check_file
+from sora_jax.data.video_folder.check import Checked, check_file
+from sora_jax.data.video_folder.options import FolderOptions
 
 START_SECONDS = 60.0
 """Added to the first answer's limit: a child imports numpy and FFmpeg on a busy machine."""
+WAIT_FACTOR = 5
 GRACE_SECONDS = 5.0
-"""The child stops by itself at its limit; only a hanging one is killed after this much more."""
+"""A child stops by itself after its limit of computing time; one that hangs or waits for a busy
+machine is killed after WAIT_FACTOR times that limit, and this much more."""
 HARMLESS = re.compile(
     r"^\[swscaler|edit list|creation time|Consider increasing|deprecated|Skipping unhandled|"
     r"misdetection possible|timestamps? .*unset|invalid timestamps|non monoton", re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What the checking of a folder may use."""
-
-    num_workers: int = 2
-    memory_bytes: int = 4 * 2**30  # address space of one child
-
-
-def check_files(folder, names, options: CheckOptions, limits: Limits, on_done=None) -> dict:
+def check_files(folder, names, options: FolderOptions, on_done=None) -> dict:
     """{name: Checked, or the reason (str) why the file is refused}, for files of a folder.
 
     on_done(number of files done) is called after every file.
@@ -54,7 +49,7 @@ def check_files(folder, names, options: CheckOptions, limits: Limits, on_done=No
                 name = jobs.get_nowait()
             except queue.Empty:
                 break
-            child = child or _Child(limits.memory_bytes)
+            child = child or _Child(options.memory_bytes)
             results[name] = child.check(pathlib.Path(folder) / name, options)
             if not child.alive:
                 child = None
@@ -63,8 +58,8 @@ def check_files(folder, names, options: CheckOptions, limits: Limits, on_done=No
         if child is not None:
             child.close()
 
-    with concurrent.futures.ThreadPoolExecutor(limits.num_workers) as pool:
-        for future in [pool.submit(work) for _ in range(max(1, limits.num_workers))]:
+    with concurrent.futures.ThreadPoolExecutor(options.num_workers) as pool:
+        for future in [pool.submit(work) for _ in range(options.num_workers)]:
             future.result()
     return results
 
@@ -87,13 +82,14 @@ class _Child:
         request = json.dumps({"path": os.fspath(path), **dataclasses.asdict(options)})
         try:
             self._process.stdin.write(request.encode() + b"\n")
-            answer = self._answer(options.timeout_seconds + GRACE_SECONDS + self._extra_seconds)
+            answer = self._answer(WAIT_FACTOR * options.timeout_seconds + GRACE_SECONDS
+                                  + self._extra_seconds)
         except BrokenPipeError:
             answer = b""
         self._extra_seconds = 0.0
         if answer is None:
             self.close()
-            return f"decoding it hung for more than {options.timeout_seconds:g} s"
+            return f"decoding it hung (limit: {options.timeout_seconds:g} s of computing)"
         if not answer:
             return self._death()
         answer = json.loads(answer)
@@ -177,7 +173,7 @@ def _serve(memory_bytes):
         complaints.begin()
         try:
             answer = dataclasses.asdict(
-                check_file(path, CheckOptions(**request), complaints.next))
+                check_file(path, FolderOptions(**request), complaints.next))
         except DecodeError as error:
             cause = complaints.next()
             answer = {"refused": f"{error.reason}; {cause}" if cause else error.reason}
