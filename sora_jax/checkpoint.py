@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sora_jax import workdir as workdir_files
 from sora_jax.checkpoint_step import DamagedCheckpoint, read_params, read_state, save_args
 from sora_jax.core.disk import reports_full_disk
 from sora_jax.core.errors import UserError
@@ -42,6 +43,8 @@ class CheckpointConfig:
 class Checkpointer:
     """The checkpoints of one workdir; close it, or use it in a `with`.
 
+    While it is open no other training job can use the workdir.
+
     read_only: for jobs beside a training job; never writes, moves or deletes.
     report: takes each line that the user should read.
     """
@@ -58,9 +61,11 @@ class Checkpointer:
         self._directory = self._workdir / "checkpoints"
         self._config, self._read_only = config, read_only
         self._report = report if jax.process_index() == 0 else lambda line: None
-        self._manager = None
+        self._manager = self._lock = None
         logging.getLogger("absl").addFilter(_is_news)
         if not read_only:
+            if jax.process_index() == 0:
+                self._lock = workdir_files.lock(self._workdir)
             _remove_empty_steps(self._directory)
             with reports_full_disk(self._directory):
                 self._manager = ocp.CheckpointManager(
@@ -114,6 +119,8 @@ class Checkpointer:
                     manager.wait_until_finished()
                 finally:
                     manager.close()
+                    if self._lock is not None:
+                        self._lock.close()
 
     def restore_or_create(self, abstract_state, shardings, create: Callable):
         """The state to begin with, from the first of these that exists:

@@ -1,6 +1,7 @@
-"""WORKDIR/config.json: a workdir belongs to one config, and says which keys another one differs in.
-"""
+"""A workdir belongs to one config (WORKDIR/config.json) and to one training job at a time."""
 
+import errno
+import fcntl
 import json
 import pathlib
 from collections.abc import Callable
@@ -35,6 +36,29 @@ def claim(workdir, config, may_differ=(), report: Callable[[str], None] = print)
     with reports_full_disk(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(_plain(config), indent=2) + "\n")
+
+
+def lock(workdir):
+    """An open file that keeps other training jobs out of the workdir until it is closed.
+
+    The lock dies with this process, however it ends, and child processes do not inherit it.
+
+    Raises UserError where another process holds it.
+    """
+    path = pathlib.Path(workdir) / ".lock"
+    with reports_full_disk(workdir):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        raise UserError(
+            f"another process trains in {workdir}; wait for it, stop it, or use another --workdir"
+        ) from None
+    return file
 
 
 def read(workdir) -> dict:

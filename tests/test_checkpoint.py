@@ -360,6 +360,21 @@ def test_kill_at_any_moment_leaves_a_restorable_workdir(tmp_path):
         newest = int(found.step)
 
 
+def test_second_training_job_is_kept_out_and_readers_are_not(three_steps):
+    code = ("import fcntl, sys\nf = open(sys.argv[1], 'a+')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
+            "print('held', flush=True)\ninput()")
+    other = subprocess.Popen([sys.executable, "-c", code, str(three_steps / ".lock")],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process trains in .*run; wait for it"):
+        Checkpointer(three_steps, CheckpointConfig())
+    with Checkpointer(three_steps, CheckpointConfig(), read_only=True) as checkpointer:
+        assert checkpointer.restore_params()[0] == 3
+    other.kill()
+    other.communicate()
+    equal(restore(three_steps), make_state(3))
+
+
 def test_workdir_of_another_config_is_refused_with_both_values(tmp_path):
     config = {"seed": 0, "mesh": {"data": 1}, "optim": {"learning_rate": 1e-3}, "sizes": (1, 2)}
     lines = []
