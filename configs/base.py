@@ -93,15 +93,17 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # The VAE that configs/vae.py trains.
     config.vae = ConfigDict({
-        "encoder_dims": (32, 48, 64),
-        "decoder_dims": (32, 48, 64),
+        "encoder_dims": (24, 48, 48),
+        "decoder_dims": (24, 48, 64),
         "z_dim": 8,
         "temporal_downsample": (True, True),
         "num_res_blocks": 1,
-        "num_mid_blocks": 2,
-        "temporal_kernels": (1, 3, 3),
+        "num_mid_blocks": 1,
+        "temporal_kernels": (1, 3, 1),
         "latent_temporal_kernel": 3,
         "patch_size": 2,
+        "residual": True,
+        "block_shortcut": True,
         "in_channels": 3,
         "norm_eps": 1e-6,
     })

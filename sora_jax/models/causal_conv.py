@@ -3,8 +3,10 @@
 The sum over temporal taps is written out as 2-D convolutions over space: on two Xeon cores with
 jax 0.10 that ran the forward pass 1.5x as fast as folding the taps into channels, trained as fast
 as any variant with a hand-written weight gradient, and is several times faster than XLA's 3-D
-convolution. A tap is not computed where it would only see the padding: a single frame costs one tap.
+convolution. A tap that would only see padding is not computed: a single frame costs one tap.
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -58,7 +60,10 @@ def _space_conv(x_BTHWC, kernel, stride, pad):
 
 
 class CausalConv(nn.Module):
-    """`causal_conv` with a learned kernel ("kernel", lecun normal) and bias ("bias", zeros)."""
+    """`causal_conv` with a learned kernel ("kernel") and bias ("bias").
+
+    init_scale: variance of the output at the start, of an input of variance 1.
+    """
 
     features: int
     kernel_size: tuple[int, int, int]
@@ -66,17 +71,19 @@ class CausalConv(nn.Module):
     space_stride: int = 1
     space_pad: tuple | None = None
     pad_time: bool = True
+    init_scale: float = 1.0
+    bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x_BTHWC):
         init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2, 3), out_axis=4)
+            self.init_scale, "fan_in", "truncated_normal", in_axis=(0, 1, 2, 3), out_axis=4)
         kernel = self.param(
             "kernel",
             nn.with_logical_partitioning(init, (None, None, None, "conv_in", "conv_out")),
             (*self.kernel_size, x_BTHWC.shape[-1], self.features))
         bias = self.param(
-            "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
+            "bias", nn.with_logical_partitioning(self.bias_init, ("conv_out",)),
             (self.features,))
         y_BTHWC = causal_conv(
             x_BTHWC, kernel, time_stride=self.time_stride, space_stride=self.space_stride,

@@ -8,6 +8,7 @@ Source: Wan 2.1 (arXiv 2503.20314), section 4.1; the layout was checked against 
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -41,6 +42,13 @@ class VideoVAEConfig:
     """Temporal kernel of the convolutions next to the latent."""
     patch_size: int = 1
     """Pixels per side folded into channels before the first convolution."""
+    residual: bool = False
+    """Whether mean-pool and repeat shortcuts lead around each level as in Wan 2.2; upsampling then
+    keeps its channels. Learns much faster from scratch."""
+    block_shortcut: bool = False
+    """Whether a linear map of each block of pixels (time x space x space of the compression) is
+    added to its latent, and one of each latent to its block: principal components are found in
+    a few hundred steps, and the network learns what they miss."""
     in_channels: int = 3
     norm_eps: float = 1e-6
     """Added to the mean square in RMS norms; 0 in published weights."""
@@ -65,12 +73,39 @@ class VideoVAEConfig:
                 f"each must be 1 or 3")
         if self.num_mid_blocks not in (0, 1, 2):
             raise UserError(f"vae num_mid_blocks = {self.num_mid_blocks}; allowed are 0, 1, 2")
-        if any(dim % 2 for dim in self.decoder_dims[1:]):
+        if not self.residual and any(dim % 2 for dim in self.decoder_dims[1:]):
             raise UserError(
                 f"vae decoder_dims {self.decoder_dims}: all but the first are halved by "
                 f"upsampling and must be even")
         if min(*self.encoder_dims, *self.decoder_dims, self.z_dim, self.patch_size) < 1:
             raise UserError("vae dims, z_dim and patch_size must be positive")
+        if self.residual:
+            self._check_shortcuts()
+
+    def _check_shortcuts(self):
+        encoder, decoder = self.encoder_dims, self.decoder_dims
+        before = encoder[0]
+        for level, after in enumerate(encoder):
+            if before * math.prod(self.factors(level)) % after:
+                raise UserError(
+                    f"vae encoder_dims {encoder}: the shortcut from {before} to {after} channels "
+                    f"pools {math.prod(self.factors(level))} positions; their product must be a "
+                    f"multiple of {after}")
+            before = after
+        before = decoder[-1]
+        for level in reversed(range(1, len(decoder))):
+            after, factor = decoder[level], math.prod(self.factors(level - 1))
+            if after * factor % before:
+                raise UserError(
+                    f"vae decoder_dims {decoder}: the shortcut from {before} to {after} channels "
+                    f"over {factor} positions must repeat each channel a whole number of times")
+            before = after
+
+    def factors(self, level: int) -> tuple[int, int, int]:
+        """(time, height, width) by which the step from `level` to the next one divides."""
+        if level >= len(self.encoder_dims) - 1:
+            return (1, 1, 1)
+        return (1 + self.temporal_downsample[level], 2, 2)
 
     @property
     def compression(self) -> Compression:
@@ -138,7 +173,8 @@ class ResidualBlock(nn.Module):
             shortcut_BTHWC = CausalConv(self.features, (1, 1, 1), name="shortcut")(x_BTHWC)
         for i in (1, 2):
             x_BTHWC = nn.silu(RMSNorm(self.eps, name=f"norm_{i}")(x_BTHWC))
-            x_BTHWC = CausalConv(self.features, self.kernel_size, name=f"conv_{i}")(x_BTHWC)
+            x_BTHWC = CausalConv(self.features, self.kernel_size, name=f"conv_{i}",
+                                 init_scale=1.0 if i == 1 else 0.01)(x_BTHWC)
         return shortcut_BTHWC + x_BTHWC
 
 
@@ -193,44 +229,64 @@ class Downsample(nn.Module):
         )(x_BTHWC)
         if not self.time:
             return x_BTHWC
-        time_conv = CausalConv(features, (3, 1, 1), time_stride=2, pad_time=False,
-                               name="time_conv")
-        if x_BTHWC.shape[1] == 1 and not self.is_initializing():
+        if x_BTHWC.shape[1] == 1:
             return x_BTHWC
-        if self.is_initializing():
-            time_conv(jnp.concatenate([x_BTHWC[:, :1]] * 3, axis=1))
-            if x_BTHWC.shape[1] == 1:
-                return x_BTHWC
-        return jnp.concatenate([x_BTHWC[:, :1], time_conv(x_BTHWC)], axis=1)
+        later_BTHWC = CausalConv(
+            features, (3, 1, 1), time_stride=2, pad_time=False, name="time_conv")(x_BTHWC)
+        return jnp.concatenate([x_BTHWC[:, :1], later_BTHWC], axis=1)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width (halving channels), and with `time` the frames after the first.
+    """Doubles height and width, and with `time` the frames after the first.
 
     Frame 0 is neither doubled nor seen by the temporal convolution; every later frame becomes two,
     one from each half of its channels.
     """
 
     time: bool
+    features: int
 
     @nn.compact
     def __call__(self, x_BTHWC):
-        features = x_BTHWC.shape[-1]
-        if self.time:
-            time_conv = CausalConv(2 * features, (3, 1, 1), name="time_conv")
-            if self.is_initializing():
-                time_conv(x_BTHWC)
-            if x_BTHWC.shape[1] > 1:
-                x_BTHWC = jnp.concatenate(
-                    [x_BTHWC[:, :1], _double_frames(time_conv(x_BTHWC[:, 1:]))], axis=1)
+        if self.time and x_BTHWC.shape[1] > 1:
+            later_BTHWC = CausalConv(
+                2 * x_BTHWC.shape[-1], (3, 1, 1), name="time_conv")(x_BTHWC[:, 1:])
+            x_BTHWC = jnp.concatenate([x_BTHWC[:, :1], _double_frames(later_BTHWC)], axis=1)
         x_BTHWC = x_BTHWC.repeat(2, axis=2).repeat(2, axis=3)
-        return CausalConv(features // 2, (1, 3, 3), name="space_conv")(x_BTHWC)
+        return CausalConv(self.features, (1, 3, 3), name="space_conv")(x_BTHWC)
 
 
 def _double_frames(x_BTHWC):
     rows, frames, height, width, channels = x_BTHWC.shape
     x = x_BTHWC.reshape(rows, frames, height, width, 2, channels // 2)
     return x.transpose(0, 1, 4, 2, 3, 5).reshape(rows, 2 * frames, height, width, channels // 2)
+
+
+def pooled(x_BTHWC, features: int, factors):
+    """The shortcut of a downsampling level: means over groups of (channel, offset in the block).
+
+    factors (time, height, width); time is padded with zero frames in front, so frame 0 shares its
+    block with padding.
+    """
+    ft, fh, fw = factors
+    x = jnp.pad(x_BTHWC, ((0, 0), (-x_BTHWC.shape[1] % ft, 0), (0, 0), (0, 0), (0, 0)))
+    rows, frames, height, width, channels = x.shape
+    x = x.reshape(rows, frames // ft, ft, height // fh, fh, width // fw, fw, channels)
+    x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(*x.shape[:4], features, -1).mean(axis=-1)
+
+
+def repeated(x_BTHWC, features: int, factors):
+    """The shortcut of an upsampling level: each channel repeated, then dealt to the offsets.
+
+    Frame 0 becomes one frame, every later one `time` frames.
+    """
+    ft, fh, fw = factors
+    rows, frames, height, width, channels = x_BTHWC.shape
+    x = x_BTHWC.repeat(features * ft * fh * fw // channels, axis=-1)
+    x = x.reshape(rows, frames, height, width, features, ft, fh, fw)
+    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(rows, frames * ft, height * fh, width * fw, features)[:, ft - 1:]
 
 
 class Encoder(nn.Module):
@@ -243,15 +299,19 @@ class Encoder(nn.Module):
         config = self.config
         x_BTHWC = CausalConv(config.encoder_dims[0], config.kernel(0), name="conv_in")(x_BTHWC)
         for level, features in enumerate(config.encoder_dims):
+            before_BTHWC = x_BTHWC
             for i in range(config.num_res_blocks):
                 x_BTHWC = ResidualBlock(features, config.kernel(level), config.norm_eps,
                                         name=f"level_{level}_block_{i}")(x_BTHWC)
             if level < len(config.encoder_dims) - 1:
                 x_BTHWC = Downsample(config.temporal_downsample[level],
                                      name=f"level_{level}_down")(x_BTHWC)
+            if config.residual:
+                x_BTHWC = x_BTHWC + pooled(before_BTHWC, features, config.factors(level))
         x_BTHWC = Middle(config, name="middle")(x_BTHWC)
         x_BTHWC = nn.silu(RMSNorm(config.norm_eps, name="norm_out")(x_BTHWC))
-        return CausalConv(2 * config.z_dim, config.latent_kernel, name="conv_out")(x_BTHWC)
+        return CausalConv(2 * config.z_dim, config.latent_kernel, name="conv_out",
+                          init_scale=_output_scale(config))(x_BTHWC)
 
 
 class Decoder(nn.Module):
@@ -266,15 +326,82 @@ class Decoder(nn.Module):
             config.decoder_dims[-1], config.latent_kernel, name="conv_in")(x_BTHWC)
         x_BTHWC = Middle(config, name="middle")(x_BTHWC)
         for level in reversed(range(len(config.decoder_dims))):
+            before_BTHWC, features = x_BTHWC, config.decoder_dims[level]
             for i in range(config.num_res_blocks + 1):
-                x_BTHWC = ResidualBlock(config.decoder_dims[level], config.kernel(level),
-                                        config.norm_eps, name=f"level_{level}_block_{i}")(x_BTHWC)
+                x_BTHWC = ResidualBlock(features, config.kernel(level), config.norm_eps,
+                                        name=f"level_{level}_block_{i}")(x_BTHWC)
             if level > 0:
                 x_BTHWC = Upsample(config.temporal_downsample[level - 1],
+                                   features if config.residual else features // 2,
                                    name=f"level_{level}_up")(x_BTHWC)
+                if config.residual:
+                    x_BTHWC = x_BTHWC + repeated(
+                        before_BTHWC, features, config.factors(level - 1))
         x_BTHWC = nn.silu(RMSNorm(config.norm_eps, name="norm_out")(x_BTHWC))
         return CausalConv(config.in_channels * config.patch_size**2, config.kernel(0),
-                          name="conv_out")(x_BTHWC)
+                          name="conv_out", init_scale=_output_scale(config))(x_BTHWC)
+
+
+def fold_blocks(pixels_BTHWC, compression: Compression):
+    """(first, later): the pixels of every latent's block as its channels, frame 0 apart.
+
+    Shapes (B, 1, H, W, C * space**2) and (B, T - 1, H, W, time * C * space**2) for latents T, H, W.
+    """
+    time = compression.time
+    x_BTHWC = fold_pixels(pixels_BTHWC, compression.space)
+    rows, frames, height, width, channels = x_BTHWC.shape
+    later = x_BTHWC[:, 1:].reshape(rows, frames // time, time, height, width, channels)
+    later = later.transpose(0, 1, 3, 4, 2, 5)
+    later_BTHWC = later.reshape(rows, frames // time, height, width, time * channels)
+    return x_BTHWC[:, :1], later_BTHWC
+
+
+class BlocksToLatents(nn.Module):
+    """A linear map of every block of pixels to the latent that covers it; frame 0 has its own."""
+
+    config: VideoVAEConfig
+
+    @nn.compact
+    def __call__(self, pixels_BTHWC):
+        first_BTHWC, later_BTHWC = fold_blocks(pixels_BTHWC, self.config.compression)
+        first_BTHWC = CausalConv(self.config.z_dim, (1, 1, 1), name="first")(first_BTHWC)
+        if not later_BTHWC.shape[1]:
+            return first_BTHWC
+        later_BTHWC = CausalConv(self.config.z_dim, (1, 1, 1), name="later")(later_BTHWC)
+        return jnp.concatenate([first_BTHWC, later_BTHWC], axis=1)
+
+
+class LatentsToBlocks(nn.Module):
+    """A linear map of every latent to the block of pixels it covers; frame 0 has its own."""
+
+    config: VideoVAEConfig
+
+    @nn.compact
+    def __call__(self, latents_BTHWC):
+        time, space = self.config.compression.time, self.config.compression.space
+        channels = self.config.in_channels * space**2
+        x_BTHWC = CausalConv(
+            channels, (1, 1, 1), init_scale=0.1, name="first")(latents_BTHWC[:, :1])
+        if latents_BTHWC.shape[1] > 1:
+            y = CausalConv(time * channels, (1, 1, 1), init_scale=0.1, name="later")(
+                latents_BTHWC[:, 1:])
+            rows, frames, height, width, _ = y.shape
+            y = y.reshape(rows, frames, height, width, time, channels).transpose(0, 1, 4, 2, 3, 5)
+            y_BTHWC = y.reshape(rows, frames * time, height, width, channels)
+            x_BTHWC = jnp.concatenate([x_BTHWC, y_BTHWC], axis=1)
+        return unfold_pixels(x_BTHWC, space)
+
+
+def _moments_bias(key, shape, dtype=jnp.float32):
+    """Zero means and log variances of -5: noise of 8 % at the start, or the decoder sees nothing
+    of the latent for hundreds of steps."""
+    del key
+    return jnp.zeros(shape, dtype).at[shape[0] // 2:].set(-5)
+
+
+def _output_scale(config):
+    """Beside the linear maps of the blocks the network starts at about nothing."""
+    return 1e-4 if config.block_shortcut else 1.0
 
 
 class VideoVAE(nn.Module):
@@ -285,7 +412,10 @@ class VideoVAE(nn.Module):
     def setup(self):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
-        self.quant_conv = CausalConv(2 * self.config.z_dim, (1, 1, 1))
+        self.quant_conv = CausalConv(2 * self.config.z_dim, (1, 1, 1), bias_init=_moments_bias)
+        if self.config.block_shortcut:
+            self.blocks_to_latents = BlocksToLatents(self.config)
+            self.latents_to_blocks = LatentsToBlocks(self.config)
         self.post_quant_conv = CausalConv(self.config.z_dim, (1, 1, 1))
 
     @property
@@ -301,14 +431,20 @@ class VideoVAE(nn.Module):
         moments_BTHWC = self.quant_conv(
             self.encoder(fold_pixels(pixels_BTHWC, self.config.patch_size)))
         mean_BTHWC, logvar_BTHWC = jnp.split(moments_BTHWC, 2, axis=-1)
+        if self.config.block_shortcut:
+            mean_BTHWC = mean_BTHWC + self.blocks_to_latents(pixels_BTHWC)
         return mean_BTHWC, logvar_BTHWC
 
     def decode(self, latents_BTHWC, clip: bool = False):
         """Pixels of latents that are not normalised; clipped to [-1, 1] only where asked."""
         pixels_BTHWC = unfold_pixels(
             self.decoder(self.post_quant_conv(latents_BTHWC)), self.config.patch_size)
+        if self.config.block_shortcut:
+            pixels_BTHWC = pixels_BTHWC + self.latents_to_blocks(latents_BTHWC)
         return jnp.clip(pixels_BTHWC, -1, 1) if clip else pixels_BTHWC
 
     def __call__(self, pixels_BTHWC):
-        """Reconstruction from the mean; what `init` traces."""
+        """Reconstruction from the mean; what `init` traces, with 1 + compression.time frames at
+        least, since one frame passes the temporal weights by."""
+        assert pixels_BTHWC.shape[1] > self.compression.time or not self.is_initializing()
         return self.decode(self.encode(pixels_BTHWC)[0])

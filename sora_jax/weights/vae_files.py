@@ -186,10 +186,10 @@ def load_vae(name: str | os.PathLike) -> FrozenVAE:
 
 def check_parameters(flat: dict, config: VideoVAEConfig, where: str) -> None:
     """Raises UserError naming parameters that are missing, unknown or of another shape."""
+    time, space = config.compression.time, config.compression.space
     shapes = jax.eval_shape(
         VideoVAE(config).init, jax.random.key(0),
-        jax.ShapeDtypeStruct((1, 1, *(config.compression.space,) * 2, config.in_channels),
-                             jnp.float32))
+        jax.ShapeDtypeStruct((1, 1 + time, space, space, config.in_channels), jnp.float32))
     wanted = {key: box.value.shape for key, box in flatten(shapes["params"]).items()}
     missing, unknown = sorted(wanted.keys() - flat.keys()), sorted(flat.keys() - wanted.keys())
     reshaped = [f"{key} is {flat[key].shape}, should be {wanted[key]}"

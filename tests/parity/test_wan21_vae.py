@@ -62,7 +62,7 @@ def test_whole_clip_decode_equals_the_published_chunked_decode(case, name):
 def test_import_gives_exactly_the_parameters_of_init(case):
     _, _, config, params, _ = case
     shapes = jax.eval_shape(
-        VideoVAE(config).init, jax.random.key(0), np.zeros((1, 1, 16, 16, 3), np.float32))
+        VideoVAE(config).init, jax.random.key(0), np.zeros((1, 5, 16, 16, 3), np.float32))
     wanted = {name: box.value.shape for name, box in flatten(shapes["params"]).items()}
     assert {name: leaf.shape for name, leaf in flatten(params).items()} == wanted
 

@@ -1,0 +1,238 @@
+"""Training the video VAE: reconstruction + KL. The end of a run writes WORKDIR/vae.safetensors."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.core.errors import UserError
+from sora_jax.core.shapes import VideoSpec
+from sora_jax.data import pixel_batches
+from sora_jax.data.sources import Source
+from sora_jax.models.video_vae import VideoVAE, fold_blocks
+from sora_jax.run_config import RunConfig
+from sora_jax.tasks.contact_sheet import contact_sheet, write_png
+from sora_jax.tasks.datasets import open_dataset
+from sora_jax.tasks.task import Task
+from sora_jax.weights.vae_files import FrozenVAE, load_vae, save_vae, to_float
+
+WEIGHTS = "vae.safetensors"
+STATISTICS_BATCHES = 32  # batches of training pixels that give the latent mean and std
+_LOGVAR_RANGE = (-20.0, 10.0)
+
+
+def build(config: RunConfig, workdir: str) -> Task:
+    """The task of a run; opens (or prepares) the dataset."""
+    check(config)
+    model = VideoVAE(config.vae)
+    train = open_dataset(config.data, workdir, "train")
+    held_out = open_dataset(config.data, workdir, "held_out")
+    loader = pixel_batches.pixel_batches(
+        train, config.pixels, config.seed, config.num_steps,
+        jax.process_index(), jax.process_count(),
+    )
+    make_params = functools.partial(init, config, model)
+    if config.vae.block_shortcut:
+        blocks = functools.cache(functools.partial(training_blocks, config, train))
+        make_params = functools.partial(init_from_blocks, config, model, blocks)
+    return Task(
+        name="vae",
+        init=make_params,
+        loss=functools.partial(loss, config, model),
+        batches=loader.iterate,
+        sample=functools.partial(write_reconstructions, config, train, held_out),
+        finish=functools.partial(write_weights, config, train),
+    )
+
+
+def outline(config: RunConfig) -> tuple[Task, dict]:
+    """Init and loss without any data, and a batch of the largest size of training."""
+    check(config)
+    model = VideoVAE(config.vae)
+    task = Task(
+        name="vae",
+        init=functools.partial(init, config, model), loss=functools.partial(loss, config, model),
+    )
+    size = max(config.pixels.sizes, key=lambda s: s.batch * s.frames * s.height * s.width)
+    shape = (size.batch, size.frames, size.height, size.width, config.vae.in_channels)
+    return task, {"pixels_BTHWC": np.zeros(shape, np.float32)}
+
+
+def check(config: RunConfig) -> None:
+    """Raises UserError where a size of the batches does not fit the VAE's compression."""
+    for size in config.pixels.sizes:
+        try:
+            config.vae.compression.check(VideoSpec(size.frames, size.height, size.width))
+        except UserError as error:
+            raise UserError(f"config.pixels.sizes, {size}: {error}") from None
+    if config.vae_loss.kl_weight < 0:
+        raise UserError(f"vae_loss.kl_weight = {config.vae_loss.kl_weight} must not be negative")
+    if config.vae_loss.reconstruction not in RECONSTRUCTION:
+        raise UserError(f"vae_loss.reconstruction = {config.vae_loss.reconstruction!r} is unknown; "
+                        f"allowed: {', '.join(RECONSTRUCTION)}")
+
+
+def init(config: RunConfig, model: VideoVAE, key):
+    """Parameters in flax's boxes of logical axis names."""
+    time, space = config.vae.compression.time, config.vae.compression.space
+    pixels_BTHWC = np.zeros((1, 1 + time, space, space, config.vae.in_channels), np.float32)
+    return model.init(key, pixels_BTHWC)["params"]
+
+
+def init_from_blocks(config: RunConfig, model: VideoVAE, blocks, key):
+    """`init` with the linear shortcuts set to the principal components of blocks() = (first,
+    later), arrays (num_blocks, values): training starts at their PSNR."""
+    params = init(config, model, key)
+    for name, blocks_NP in zip(("first", "later"), blocks(), strict=True):
+        mean_P, to_latent_PC, to_block_CP = principal_components(blocks_NP, config.vae.z_dim)
+        for side, kernel, bias in (
+            ("blocks_to_latents", to_latent_PC, -mean_P @ to_latent_PC),
+            ("latents_to_blocks", to_block_CP, mean_P),
+        ):
+            leaves = params[side][name]
+            for leaf, value in (("kernel", kernel), ("bias", bias)):
+                value = jnp.asarray(value, jnp.float32).reshape(leaves[leaf].value.shape)
+                leaves[leaf] = leaves[leaf].replace_boxed(value)
+    return params
+
+
+def principal_components(blocks_NP, count: int):
+    """(mean_P, to_latent_PC, to_block_CP): the first components, each with variance 1."""
+    mean_P = blocks_NP.mean(0)
+    centred_NP = blocks_NP - mean_P
+    variance_P, vectors_PP = np.linalg.eigh(centred_NP.T @ centred_NP / len(centred_NP))
+    std_C = np.sqrt(np.maximum(variance_P[::-1][:count], 1e-6))
+    vectors_PC = vectors_PP[:, ::-1][:, :count]
+    # eigh leaves the sign open; the largest entry is made positive so that all machines agree.
+    vectors_PC = vectors_PC * np.sign(
+        np.take_along_axis(vectors_PC, np.abs(vectors_PC).argmax(0)[None], axis=0))
+    return mean_P, vectors_PC / std_C, (vectors_PC * std_C).T
+
+
+def training_blocks(config: RunConfig, train: Source):
+    """(first, later): the blocks under the latents of some training clips, float64 (N, values)."""
+    folded = [fold_blocks(batch["pixels_BTHWC"], config.vae.compression)
+              for batch in statistics_batches(config, train)]
+    return tuple(
+        np.concatenate([np.asarray(part, np.float64).reshape(-1, part.shape[-1])
+                        for part in parts if part.shape[1]])
+        for parts in zip(*folded, strict=True))
+
+
+def statistics_batches(config: RunConfig, train: Source):
+    """The first training batches, the same in every process."""
+    return pixel_batches.pixel_batches(
+        train, config.pixels, config.seed, STATISTICS_BATCHES, num_threads=0).iterate()
+
+
+# Error of a pixel value; pixels are in [-1, 1].
+RECONSTRUCTION = {
+    "l1": jnp.abs,
+    "l2": jnp.square,
+    "charbonnier": lambda difference: jnp.sqrt(jnp.square(difference) + 1e-3**2),
+}
+
+
+def loss(config: RunConfig, model: VideoVAE, params, batch: dict, key):
+    """Mean error of a pixel value + kl_weight * mean KL of a latent value, and scalars of the
+    batch: kl (nats), psnr (dB), posterior_std (of a latent value)."""
+    pixels_BTHWC = to_float(batch["pixels_BTHWC"])
+    mean_BTHWC, logvar_BTHWC = model.apply({"params": params}, pixels_BTHWC, method="encode")
+    logvar_BTHWC = jnp.clip(logvar_BTHWC, *_LOGVAR_RANGE)
+    std_BTHWC = jnp.exp(0.5 * logvar_BTHWC)
+    latents_BTHWC = mean_BTHWC + std_BTHWC * jax.random.normal(key, mean_BTHWC.shape)
+    difference_BTHWC = (
+        model.apply({"params": params}, latents_BTHWC, method="decode") - pixels_BTHWC)
+    error = RECONSTRUCTION[config.vae_loss.reconstruction](difference_BTHWC).mean()
+    kl = kl_to_standard_normal(mean_BTHWC, logvar_BTHWC).mean()
+    return error + config.vae_loss.kl_weight * kl, {
+        "kl": kl,
+        "psnr": 10 * jnp.log10(4 / jnp.maximum(jnp.square(difference_BTHWC).mean(), 1e-10)),
+        "posterior_std": std_BTHWC.mean(),
+        "num_clips": len(pixels_BTHWC),
+    }
+
+
+def kl_to_standard_normal(mean, logvar):
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, per value.
+
+    Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", appendix B.
+    """
+    return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
+
+
+def freeze(config: RunConfig, params, workdir: str) -> FrozenVAE:
+    """The VAE of these parameters with the latent statistics of its training pixels."""
+    return freeze_with(config, open_dataset(config.data, workdir, "train"), params)
+
+
+def freeze_with(config: RunConfig, train: Source, params) -> FrozenVAE:
+    """`freeze` on an open dataset."""
+    params = jax.tree.map(jnp.asarray, jax.device_get(params))
+    mean_C, std_C = latent_statistics(config, train, params)
+    return FrozenVAE(config.vae, params, "in training", mean_C, std_C, {})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moments(config, params, pixels_BTHWC):
+    """Per channel: number of latents, sums of the mean, of its square and of the variance."""
+    mean_BTHWC, logvar_BTHWC = VideoVAE(config).apply(
+        {"params": params}, to_float(pixels_BTHWC), method="encode")
+    variance_BTHWC = jnp.exp(jnp.clip(logvar_BTHWC, *_LOGVAR_RANGE))
+    sums = [x.sum((0, 1, 2, 3)) for x in (mean_BTHWC, jnp.square(mean_BTHWC), variance_BTHWC)]
+    return jnp.stack([jnp.full_like(sums[0], mean_BTHWC[..., 0].size), *sums])
+
+
+def latent_statistics(config: RunConfig, train: Source, params):
+    """(mean_C, std_C) float32 of latents drawn from the posteriors of training pixels.
+
+    The std counts the posterior's own noise, so that a channel that carries nothing (mean always
+    0, variance 1) is not blown up by normalisation.
+    """
+    total = sum(np.asarray(_moments(config.vae, params, batch["pixels_BTHWC"]), np.float64)
+                for batch in statistics_batches(config, train))
+    count, mean_C, square_C, variance_C = total[0], *(total[1:] / total[0])
+    assert count.min() > 0
+    std_C = np.sqrt(square_C - mean_C**2 + variance_C)
+    return mean_C.astype(np.float32), std_C.astype(np.float32)
+
+
+def write_weights(config: RunConfig, train: Source, params, step: int, workdir: str) -> list[str]:
+    """WORKDIR/vae.safetensors (float16) and its card; returns their paths."""
+    frozen = freeze_with(config, train, params)
+    path = pathlib.Path(workdir) / WEIGHTS
+    save_vae(
+        path, config.vae, frozen.params, frozen.latent_mean_C, frozen.latent_std_C,
+        {"data": config.data.dataset, "data_fingerprint": train.fingerprint, "seed": config.seed,
+         "steps": step, "loss": dataclasses.asdict(config.vae_loss)},
+        dtype=np.float16,
+    )
+    return [str(path), str(path.with_suffix(".json"))]
+
+
+def write_reconstructions(config: RunConfig, train: Source, held_out: Source, params, step: int,
+                          workdir: str) -> list[str]:
+    """The weights so far (`write_weights`), and a sheet of held-out clips beside their
+    reconstructions; returns the paths."""
+    written = write_weights(config, train, params, step, workdir)
+    frozen = load_vae(written[0])
+    loader = pixel_batches.pixel_batches(
+        held_out, config.pixels, config.sampling.seed, num_threads=0)
+    clips, captions = [], []
+    for batch in loader.iterate():
+        again = np.asarray(frozen.decode_normalized(
+            frozen.encode_normalized(batch["pixels_BTHWC"])))
+        for pixels_THWC, again_THWC in zip(batch["pixels_BTHWC"][:2], again, strict=False):
+            clips += [np.round((pixels_THWC + 1) * 127.5).astype(np.uint8), again_THWC]
+            captions += ["original", "reconstruction"]
+        if len(clips) >= 2 * config.sampling.num_clips:
+            break
+    count = 2 * config.sampling.num_clips
+    directory = pathlib.Path(workdir) / "samples"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"step_{step:07d}.png"
+    write_png(path, contact_sheet(clips[:count], captions[:count]))
+    return [*written, str(path)]
