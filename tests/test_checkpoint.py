@@ -32,7 +32,7 @@ def make_state(seed=0, width=8):
     """A small train state of three dtypes and shapes, filled at random."""
     rng = np.random.default_rng(seed)
     params = {
-        "blocks": {"kernel": jnp.asarray(rng.normal(size=(4, width, 8)), jnp.float32),
+        "blocks": {"kernel": jnp.asarray(rng.normal(size=(64, width, 8)), jnp.float32),
                    "bias": jnp.asarray(rng.normal(size=(width,)), jnp.bfloat16)},
         "scale": jnp.asarray(rng.normal(), jnp.float32),
     }
@@ -153,7 +153,7 @@ def test_flipped_bits_never_pass(three_steps):
         equal(found, make_state(step))
         assert step == (2 if len(lines) == 2 else 3), lines
         caught += step == 2
-    assert caught >= 8
+    assert caught >= 12
 
 
 def test_any_change_of_the_arrays_changes_the_fingerprint():
@@ -197,7 +197,7 @@ def test_damaged_step_falls_back_with_one_line_and_can_be_saved_again(three_step
     files = data_files(step_dir)
     largest = max(files, key=lambda path: path.stat().st_size)
     if damage == "truncated":
-        largest.write_bytes(largest.read_bytes()[:-20])
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     elif damage == "empty_files":
         for path in files:
             path.write_bytes(b"")
@@ -219,6 +219,8 @@ def test_damaged_step_falls_back_with_one_line_and_can_be_saved_again(three_step
 
 def test_empty_step_directory_is_no_checkpoint(three_steps):
     (three_steps / "checkpoints" / "4").mkdir()
+    with Checkpointer(three_steps, CheckpointConfig(), read_only=True) as checkpointer:
+        assert checkpointer.steps() == [1, 2, 3]
     equal(restore(three_steps), make_state(3))
     with Checkpointer(three_steps, CheckpointConfig()) as checkpointer:
         checkpointer.save(4, make_state(4))

@@ -107,13 +107,18 @@ def test_eight_devices_equal_one(config):
     def run(mesh):
         boxed_params = jax.eval_shape(init, jax.random.key(0))
         placed = sharding.param_shardings(boxed_params, mesh)
-        create = lambda: train_state.create(sharding.unbox(init(jax.random.key(0))), tx)
+
+        def create():
+            return train_state.create(sharding.unbox(init(jax.random.key(0))), tx)
+
         where = sharding.state_shardings(jax.eval_shape(create), placed, mesh)
         state = jax.jit(create, out_shardings=where)()
 
         @jax.jit
         def step(state, x_BD):
-            loss = lambda p: jnp.mean(jnp.square(Net().apply({"params": p}, x_BD)))
+            def loss(params):
+                return jnp.mean(jnp.square(Net().apply({"params": params}, x_BD)))
+
             value, grads = jax.value_and_grad(loss)(state.params)
             return train_state.apply_gradients(state, grads, tx, 0.9, value)[0], value
 

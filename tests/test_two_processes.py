@@ -20,8 +20,8 @@ def test_two_processes_feed_their_rows_and_share_checkpoints_with_one(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(index), port, str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(script.parents[1])}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(script.parents[1])},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for index in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]

@@ -4,14 +4,7 @@ import os
 import pathlib
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-
 import jax
-
-index, port, directory = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
-jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
-
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
@@ -19,11 +12,12 @@ from jax.experimental import multihost_utils
 from sora_jax import metrics, sharding, stopping
 from sora_jax.checkpoint import CheckpointConfig, Checkpointer
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from test_checkpoint import abstract, make_state, placed
 
+def main(index: int, port: str, directory: pathlib.Path):
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    from test_checkpoint import abstract, make_state, placed  # it makes arrays: after the above
 
-def main():
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2))
     rows = sharding.process_rows(16, mesh)
     assert list(rows) == list(range(8 * index, 8 * index + 8))
@@ -59,4 +53,4 @@ def main():
     writer.close()
 
 
-main()
+main(int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]))
