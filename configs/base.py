@@ -37,9 +37,14 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         "from_folder": {
             "caption_columns": (),  # () = every column named or ending like a caption
-            "held_out_share": 0.1,  # of the clips that no `split` column places
-            "max_pixels": 4096 * 2304,  # largest frame that is decoded
-            "timeout_seconds": 60.0,  # for decoding one file
+            "held_out_share": 0.1,  # of the clips that no `split` column places; at least one
+            "min_side": 16,  # pixels, as displayed
+            "max_pixels": 2**25,  # of a frame that is decoded: 8k video
+            "max_file_bytes": 2**29,
+            "min_frames_of_damaged": 8,  # a damaged file with fewer good frames is refused
+            "timeout_seconds": 120.0,  # of computing, for decoding one file
+            "num_workers": 2,  # processes that check files
+            "memory_bytes": 4 * 2**30,  # that decoding may take in one of them
         },
         "max_frames": 17,  # 1 + 4k; longer clips are cut into windows
         "max_windows": 1,  # windows taken of one clip

@@ -37,11 +37,23 @@ def start(main) -> None:
             raise
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    app.run(guarded, flags_parser=parse_flags)
+
+
+def parse_flags(argv):
+    """absl's parsing with every mistake on one line; exits with 2."""
     try:
-        app.run(guarded)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        return flags.FLAGS(argv)
+    except AttributeError as error:  # ml_collections: a key that the config does not have
+        told = " ".join(str(error).replace("\\'", "'").replace("\\n", " ").split())
+        told = f"unknown config key: {told.strip(chr(39))}"
+    except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
+        # A config file's own errors come wrapped in a report of several lines.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        own = [line for line in lines if line.startswith(("ValueError: ", "[Errno"))]
+        told = (own or lines)[0].removeprefix("ValueError: ")
+    print(f"error: {told}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
 
 
 def tune_allocator() -> None:

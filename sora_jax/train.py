@@ -143,7 +143,9 @@ def log(fetched, writer, progress) -> None:
 def sample_due(config, step: int) -> bool:
     """Whether samples are written after this step."""
     every = config.sampling.every_steps
-    return step in (config.sampling.first_step, config.num_steps) or (every and step % every == 0)
+    return config.sampling.num_clips > 0 and step in (
+        config.sampling.first_step, config.num_steps, every and step // every * every
+    )
 
 
 def evaluation_due(config, step: int) -> bool:

@@ -1,5 +1,6 @@
 """The figures of a checkpoint, by name: each evaluator takes a run and its averaged weights."""
 
+import dataclasses
 import time
 
 import jax
@@ -42,8 +43,10 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
     vae = load_vae(config.latents.vae)
     model = diffusion.make_model(config, vae)
     held_out = latents.open_latents(config, workdir, vae, "held_out")
-    results = {"validation_loss": validation_loss(config, model, params, held_out)}
-    if config.data.dataset == "moving_shapes":
+    results = {}
+    if config.evaluation.num_loss_clips:
+        results["validation_loss"] = validation_loss(config, model, params, held_out)
+    if config.evaluation.num_prompts and config.data.dataset == "moving_shapes":
         requests = diffusion.held_out_requests(
             held_out, config.evaluation.num_prompts, config.evaluation.seed
         )
@@ -54,9 +57,7 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
 
 def validation_loss(config: RunConfig, model, params, held_out) -> float:
     """Velocity error on the first held-out clips at fixed times and fixed noise, by tokens."""
-    packing = config.packing.__class__(
-        **{**vars(config.packing), "caption_drop": 0.0}
-    )
+    packing = dataclasses.replace(config.packing, caption_drop=0.0)
     loader = pipeline.packed_batches(held_out, packing, config.model.patch, seed=0, num_threads=0)
     error_fn = jax.jit(diffusion.clip_errors, static_argnums=0)
     total = weight = clips = step = 0.0
@@ -75,6 +76,8 @@ def validation_loss(config: RunConfig, model, params, held_out) -> float:
 
 def vae_reconstruction(config: RunConfig, vae: FrozenVAE, workdir: str) -> dict[str, float]:
     """vae_psnr (dB) and vae_ssim: means over held-out clips of encoding and decoding them."""
+    if not config.evaluation.num_vae_clips:
+        return {}
     source = open_dataset(config.data, workdir, "held_out")
     plan = clip_plan(
         source, latents.clip_options(config), vae.compression, config.model.patch

@@ -1,0 +1,34 @@
+"""The video VAE on a folder of your own clips, before configs/folder.py.
+
+Command:  python -m sora_jax.train --config=configs/vae_folder.py --config.data.folder=DIR
+Time:     TIME
+Result:   RESULT
+"""
+
+import pathlib
+import runpy
+
+VAE = runpy.run_path(str(pathlib.Path(__file__).with_name("vae.py")))
+
+
+def get_config(arg: str = ""):
+    """configs/vae.py on a folder. arg "runlocal" shrinks everything to a trial."""
+    config = VAE["get_config"](arg)
+    config.data.dataset = "video_folder"
+    config.data.max_pixels = 96 * 96
+    config.data.fps = 8.0
+    config.pixels.target_fps = 8.0
+    config.pixels.resize_share = 1.0  # filmed clips are large: see them whole as well as close
+    if arg == "runlocal":
+        config.data.max_frames = 9
+        return config
+    config.num_steps = 600
+    config.pixels.sizes = (
+        {"frames": 1, "height": 64, "width": 64, "weight": 0.3, "batch": 16},
+        {"frames": 9, "height": 64, "width": 64, "weight": 0.4, "batch": 4},
+        {"frames": 17, "height": 64, "width": 64, "weight": 0.3, "batch": 2},
+    )
+    config.optim.warmup_steps = 50
+    config.sampling.every_steps = 300
+    config.evaluation.num_vae_clips = 16
+    return config

@@ -1,0 +1,163 @@
+"""The commands a user types, as real processes, on a run of configs/base.py:runlocal."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def call(*arguments, check=True, timeout=600):
+    """The finished process of `python -m ...`, with one CPU device as a user has it."""
+    process = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}, timeout=timeout,
+    )
+    if check:
+        assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return process
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """The workdir of a finished trial run."""
+    workdir = tmp_path_factory.mktemp("run")
+    call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={workdir}")
+    return workdir
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def frames(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_training_writes_metrics_samples_checkpoints_events_and_an_evaluation(run):
+    metrics = lines(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(5, 41, 5))
+    assert all(float(np.float32(row["loss"])) == row["loss"] for row in metrics)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    (evaluation,) = lines(run / "eval.jsonl")
+    assert evaluation["step"] == 40
+    assert {"prompt_match", "vae_psnr", "vae_ssim", "validation_loss"} <= set(evaluation)
+    samples = sorted(path.name for path in (run / "samples").iterdir())
+    assert "step_0000010.png" in samples and "step_0000040_03.mp4" in samples
+    assert frames(run / "samples" / "step_0000040_00.mp4").ndim == 4
+    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
+    assert (run / "checkpoints" / "40").is_dir()
+
+
+def test_the_same_command_again_finds_nothing_left_to_train(run):
+    before = (run / "metrics.jsonl").read_bytes()
+    call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_eval_mode_evaluates_the_checkpoints_that_have_no_figures(run):
+    expected = {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal()}
+    call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}", "--mode=eval")
+    rows = {row["step"]: row for row in lines(run / "eval.jsonl")}
+    assert set(rows) == expected == {20, 40}
+    assert rows[20]["validation_loss"] != rows[40]["validation_loss"]
+
+
+def test_sampling_makes_the_asked_size_and_length_and_depends_on_seed_and_prompt(run, tmp_path):
+    def sample(name, *arguments):
+        call("sora_jax.sample", f"--workdir={run}", f"--out={tmp_path / name}", "--steps=2",
+             *arguments)
+        return tmp_path / name
+
+    red = "--prompt=a red circle moves left"
+    a = sample("a.mp4", red, "--size=32x64", "--frames=9", "--seed=0")
+    assert frames(a).shape == (9, 32, 64, 3)
+    again = sample("b.mp4", red, "--size=32x64", "--frames=9", "--seed=0")
+    assert a.read_bytes() == again.read_bytes()
+    other = sample("c.mp4", red, "--size=32x64", "--frames=9", "--seed=1")
+    assert a.read_bytes() != other.read_bytes()
+    still = sample("d.png", "--prompt=a blue square", "--size=48x32", "--frames=1")
+    assert np.asarray(Image.open(still)).shape == (48, 32, 3)
+
+
+def test_several_prompts_write_numbered_clips_and_a_sheet(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue square\n")
+    call("sora_jax.sample", f"--workdir={run}", f"--prompt_file={prompts}", "--size=32x32",
+         "--frames=1", "--steps=1", "--guidance=1", f"--out={tmp_path / 'x.png'}")
+    names = sorted(path.name for path in tmp_path.glob("x_*"))
+    assert names == ["x_00.png", "x_01.png", "x_sheet.png"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_compiles_in_plan_mode(name):
+    folder = ["--config.data.folder=somewhere"] if "folder" in name else []
+    vae = ["--config.latents.vae=builtin:moving_shapes"]
+    process = call("sora_jax.train", f"--config=configs/{name}.py:runlocal", "--mode=plan",
+                   *folder, *vae)
+    assert "parameters" in process.stdout and "state_bytes" in process.stdout
+
+
+MISTAKES = {
+    "unknown key": (["--config.optim.learnin_rate=1"], "learnin_rate"),
+    "config argument": (None, "runlocal"),
+    "wrong type": (["--config.num_steps=many"], "num_steps"),
+    "no steps": (["--config.num_steps=0"], "num_steps = 0"),
+    "unknown task": (["--config.task=dream"], "diffusion, vae"),
+    "unknown dataset": (["--config.data.dataset=imagenet"], "moving_shapes"),
+    "no folder": (["--config.data.dataset=video_folder"], "data.folder"),
+    "absent vae": (["--config.latents.vae=/nowhere.safetensors"], "/nowhere.safetensors"),
+    "heads": (["--config.model.num_heads=5"], "5 heads"),
+    "devices": (["--config.mesh.fsdp=3"], "mesh.fsdp = 3"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_users_mistake_is_one_line_and_writes_nothing(name, tmp_path):
+    arguments, expected = MISTAKES[name]
+    config = "configs/base.py:runlocal" if arguments is not None else "configs/base.py:tiny"
+    process = call("sora_jax.train", f"--config={config}", f"--workdir={tmp_path / 'w'}",
+                   *(arguments or []), check=False)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in process.stderr, process.stderr
+    (line,) = [line for line in process.stderr.splitlines() if expected in line]
+    assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+def test_a_workdir_of_another_config_is_refused_by_field(run):
+    process = call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}",
+                   "--config.model.width=32", check=False)
+    assert process.returncode == 2
+    assert "model.width is 64 there and 32 now" in process.stderr
+
+
+def test_a_stale_latent_cache_is_refused_by_name(run, tmp_path):
+    process = call(
+        "sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={tmp_path}",
+        f"--config.latents.directory={run}/latents", "--config.data.seed=5", check=False,
+    )
+    assert process.returncode == 2
+    assert "stale" in process.stderr and "dataset is" in process.stderr
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--size=30x64"], "near are 16x64, 32x64"),
+    (["--size=big"], "HEIGHTxWIDTH"),
+    (["--frames=8"], "near are 5 and 9"),
+    (["--steps=0"], "--steps=0"),
+    (["--out=x.gif"], ".mp4"),
+])
+def test_sampling_says_what_it_can_do(run, arguments, expected):
+    process = call("sora_jax.sample", f"--workdir={run}", "--prompt=a red circle", *arguments,
+                   check=False)
+    assert process.returncode == 2 and expected in process.stderr
+    assert "Traceback" not in process.stderr
