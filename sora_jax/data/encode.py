@@ -1,12 +1,12 @@
 """RGB pixels -> encoded video: lossless bytes for datasets, MP4 that every player opens."""
 
 import io
-import os
 from fractions import Fraction
 
 import av
 import numpy as np
 
+from sora_jax.core.disk import write_whole
 from sora_jax.core.errors import UserError
 
 CODECS = {
@@ -22,8 +22,9 @@ CODECS = {
 def encode_video(pixels_THWC: np.ndarray, fps: float, codec: str = "png") -> bytes:
     """The container bytes of a uint8 RGB clip.
 
-    "png" and "ffv1" give back the same pixels. "h264" (8 bit 4:2:0) needs even sizes: an odd one
-    is padded by repeating the last row or column. Raises UserError on another codec or array.
+    "png", "qtrle" and "ffv1" give back the same pixels. "h264" (8 bit 4:2:0) needs even sizes: an
+    odd one is padded by repeating the last row or column. Raises UserError on another codec or
+    array.
     """
     if codec not in CODECS:
         raise UserError(f"codec = {codec!r} is unknown (allowed: {', '.join(CODECS)})")
@@ -39,13 +40,9 @@ def encode_video(pixels_THWC: np.ndarray, fps: float, codec: str = "png") -> byt
 def write_mp4(path, pixels_THWC: np.ndarray, fps: float) -> None:
     """Writes an H.264 MP4 that browsers and players open; odd sizes are padded as above.
 
-    The file appears whole: it is written beside its place and renamed.
+    The file is either whole or absent.
     """
-    data = encode_video(pixels_THWC, fps, "h264")
-    part = f"{os.fspath(path)}.part{os.getpid()}"
-    with open(part, "wb") as file:
-        file.write(data)
-    os.replace(part, path)
+    write_whole(path, encode_video(pixels_THWC, fps, "h264"))
 
 
 def _checked(pixels_THWC, fps):

@@ -9,7 +9,7 @@ import dataclasses
 from fractions import Fraction
 
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from sora_jax.core.errors import UserError
 
@@ -118,8 +118,7 @@ class Painter:
                 else Interpolation.BICUBIC
             frame = self._reformatter.reformat(
                 frame, width=width, height=height, format=target,
-                src_colorspace=colorspace, src_color_range=frame.color_range,
-                dst_color_range=ColorRange.JPEG,
+                src_colorspace=colorspace,
                 interpolation=method | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
                 threads=1,
             )

@@ -35,7 +35,7 @@ def long_mp4():
     return data, decode_video(data).pixels_THWC
 
 
-@pytest.mark.parametrize("codec", ["png", "ffv1"])
+@pytest.mark.parametrize("codec", ["png", "qtrle", "ffv1"])
 @pytest.mark.parametrize("shape", [(17, 48, 48), (1, 32, 48), (3, 33, 47), (2, 1, 1)])
 def test_lossless_codecs_are_inverse(codec, shape):
     noise_THWC = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -222,6 +222,25 @@ def test_colour_matrix_and_range_are_those_of_the_file(matrix, full_range):
     assert np.abs(decode_video(data).pixels_THWC.astype(float) - rgb).max() <= 3
 
 
+@pytest.mark.parametrize("height, matrix", [(720, 1), (576, 6)])
+def test_unmarked_colour_is_high_definition_from_720_lines_on(height, matrix):
+    kr, kb = KR_KB[matrix]
+    rgb = np.array([200.0, 50, 30])
+    luma = kr * rgb[0] + kb * rgb[2] + (1 - kr - kb) * rgb[1]
+    values = [16 + luma * 219 / 255, 128 + (rgb[2] - luma) / (2 - 2 * kb) * 224 / 255,
+              128 + (rgb[0] - luma) / (2 - 2 * kr) * 224 / 255]
+
+    def prepare(frame):
+        planes = np.stack([np.full((height, 32), v, np.uint8) for v in np.rint(values).astype(int)])
+        made = av.VideoFrame.from_ndarray(planes, "yuv444p")
+        made.pts, made.time_base = frame.pts, frame.time_base
+        return made
+
+    data = write_clip(np.zeros((1, height, 32, 3), np.uint8), pixel_format="yuv444p", crf="1",
+                      prepare=prepare)
+    assert np.abs(decode_video(data).pixels_THWC.astype(float) - rgb).max() <= 3
+
+
 def test_resizing_averages_and_cuts_the_middle():
     checks_HW = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     data = encode_video(np.repeat(checks_HW[None, ..., None], 3, axis=-1), 8)
@@ -304,13 +323,15 @@ def test_what_is_no_video_file_is_refused_before_it_is_opened(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{path}\n#EXT-X-ENDLIST\n",
-    "ffconcat version 1.0\nfile '{path}'\n"])
-def test_a_playlist_reads_no_other_file(tmp_path, text):
-    secret = tmp_path / "secret.mp4"
-    secret.write_bytes(write_clip(moving_square(3), container="mpegts"))
-    with pytest.raises(DecodeError):
-        decode_video(text.format(path=secret).encode())
+    "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.ts\n#EXT-X-ENDLIST\n",
+    "ffconcat version 1.0\nfile 'secret.ts'\n"])
+def test_a_playlist_reads_no_other_file(tmp_path, monkeypatch, text):
+    (tmp_path / "secret.ts").write_bytes(write_clip(moving_square(3), container="mpegts"))
+    (tmp_path / "list.mp4").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for data in (text.encode(), "list.mp4"):
+        with pytest.raises(DecodeError):
+            decode_video(data)
 
 
 def test_truncation_and_a_changing_size_are_errors(long_mp4):

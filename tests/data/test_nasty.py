@@ -115,6 +115,15 @@ def test_nasty_decodes_as_checked(row, results):
 
 
 @needs_nasty
+@pytest.mark.parametrize("name, first", [
+    ("bitflip_mdat_1e-4.mp4", 0), ("bitflip_mdat_1e-2.mp4", 0), ("zeroed_middle.mp4", 42)])
+def test_nasty_damage_that_ffmpeg_conceals_is_an_error(name, first):
+    assert first == 0 or len(decode_video(NASTY / name, num_frames=first).seconds_T) == first
+    with pytest.raises(DecodeError, match=f"frame {first} is damaged"):
+        decode_video(NASTY / name, num_frames=first + 1)
+
+
+@needs_nasty
 @pytest.mark.parametrize("name, low, high", [
     ("all_black.mp4", 0, 2), ("all_white.mp4", 253, 255)])
 def test_nasty_flat_clips_keep_their_colour(name, low, high):

@@ -117,6 +117,16 @@ def test_a_truncated_shard_is_found_at_opening(copy, kept, which):
         open_source(copy)
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.4])
+def test_a_shard_whose_end_is_zeros_is_found_at_opening(copy, kept):
+    path = shards(copy)[0]  # what a crash of the machine can leave behind: full size, no content
+    data = path.read_bytes()
+    start = int(len(data) * kept)
+    path.write_bytes(data[:start] + bytes(len(data) - start))
+    with pytest.raises(UserError, match=path.name):
+        open_source(copy)
+
+
 def test_a_flipped_bit_never_gives_a_wrong_record(copy):
     expected = {r.id: (r.digest, r.captions) for r in open_source(copy)}
     path = shards(copy)[0]

@@ -5,19 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from sora_jax.core.errors import UserError
-from sora_jax.data.decode import decode_video
+from sora_jax.data.decode import decode_video, encode_video
 from sora_jax.data.sources import open_source
 from sora_jax.data.video_folder import FolderOptions, prepare, worker
 from sora_jax.data.video_folder.captions import read_folder
 from sora_jax.data.video_folder.check import check_file
 from sora_jax.data.video_folder.worker import check_files
 from tests.data.clips import moving_square, write_clip
+from tests.outside_data import ROOT
 
 
 def mp4(num_frames=5, **options):
@@ -248,7 +251,7 @@ def test_interrupted_preparation_leaves_no_dataset(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(builder, "make_example", full_disk)
-        with pytest.raises(UserError, match="No space left"):
+        with pytest.raises(UserError, match="no space left"):
             prepare(folder, tmp_path / "data", ONE_WORKER)
         assert os.listdir(tmp_path / "data") == []
     code = ("import os, sys; from sora_jax.data.video_folder import builder, prepare; "
@@ -308,6 +311,15 @@ def test_the_time_limit_stops_a_slow_file(tmp_path):
     assert "longer than 0 s" in results["slow.mp4"]
 
 
+def test_one_files_hunger_for_memory_harms_no_other(tmp_path):
+    large = np.zeros((2, 6000, 5000, 3), np.uint8)
+    fill(tmp_path, {"a.mov": encode_video(large, 8, "qtrle"), "b.mp4": mp4(), "c.mp4": mp4(6)})
+    options = FolderOptions(num_workers=1, memory_bytes=60 * 2**20)
+    results = check_files(tmp_path, ["b.mp4", "a.mov", "c.mp4"], options)
+    assert "too much memory" in results["a.mov"]
+    assert (results["b.mp4"].num_frames, results["c.mp4"].num_frames) == (5, 6)
+
+
 def test_limits_of_a_file(tmp_path):
     path = os.fspath(fill(tmp_path, {"a.mp4": mp4(9)}) / "a.mp4")
     for options, words in ((FolderOptions(max_file_bytes=100), "100 bytes"),
@@ -315,6 +327,19 @@ def test_limits_of_a_file(tmp_path):
                            (FolderOptions(min_side=49), "least side of 49")):
         with pytest.raises(UserError, match=words):
             check_file(path, options)
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "your_videos.md").read_text(encoding="utf-8")
+    code = text.split("## From Python\n")[1]
+    files = {"ball.mp4": mp4(5), "day2/cat.webm": mp4(7, container="matroska")}
+    listed = textwrap.dedent(text.split("day2/cat.webm\n\n", 1)[1].split("\n\n")[0])
+    assert listed.startswith("file_name,short_caption,long_caption,split\n")
+    fill(tmp_path / "my_videos", {**files, "metadata.csv": listed})
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(code), {})
+    assert "('A red ball rolls.', 'A red ball rolls over a table, from left to right.')" in (
+        capsys.readouterr().out)
 
 
 def test_when_no_file_can_be_used_the_reasons_are_given(tmp_path):

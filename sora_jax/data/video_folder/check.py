@@ -6,6 +6,7 @@ meanwhile counts as well.
 """
 
 import dataclasses
+import os
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from sora_jax.data.records import content_digest
 from sora_jax.data.video_folder.options import FolderOptions
 
 MAX_FPS = 1000
+OUT_OF_MEMORY = "asks for too much memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,10 @@ def check_file(path: str, options: FolderOptions, complaint=lambda: None) -> Che
     complaint() gives FFmpeg's next message of damage since its last call, or None.
     """
     with open_regular(path) as file:
-        data = file.read(options.max_file_bytes + 1)
-    if len(data) > options.max_file_bytes:
-        raise DecodeError(path, f"is larger than the limit of {options.max_file_bytes} bytes; "
-                          "cut it into shorter clips or raise max_file_bytes")
+        if os.fstat(file.fileno()).st_size > options.max_file_bytes:
+            raise DecodeError(path, f"is larger than the limit of {options.max_file_bytes} bytes; "
+                              "cut it into shorter clips or raise max_file_bytes")
+        data = file.read()
     changes, notes = [], []
     seconds, painter, damage, first, last = [], None, None, None, None
     with open_video(data, name=path, max_pixels=options.max_pixels,
@@ -65,6 +67,8 @@ def check_file(path: str, options: FolderOptions, complaint=lambda: None) -> Che
                 last = frame
         except DecodeError as error:
             damage = complaint() or error.reason
+            if isinstance(error.__cause__, MemoryError) or "get_buffer() failed" in damage:
+                raise DecodeError(path, f"{OUT_OF_MEMORY} ({damage})") from error
         if painter is None:
             raise DecodeError(path, damage or "holds no video frame")
         geometry, nominal_fps = painter.geometry, video.rate

@@ -18,7 +18,7 @@ class FolderOptions:
     min_frames_of_damaged: int = 8  # a damaged file with fewer good frames is refused
     timeout_seconds: float = 120.0  # for decoding one file
     num_workers: int = 2  # child processes
-    memory_bytes: int = 4 * 2**30  # address space of one of them
+    memory_bytes: int = 4 * 2**30  # that decoding may take in one of them
 
     def __post_init__(self):
         if not 0 <= self.held_out_share < 1:

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 
+from sora_jax.core.disk import reports_full_disk
 from sora_jax.core.errors import UserError
 from sora_jax.data.open_video import DecodeError, open_regular
 from sora_jax.data.video_folder.captions import Entry, Folder, read_folder
@@ -124,32 +125,36 @@ def _write(folder, target, kept, results, splits, report):
     """Builds beside the target and renames; a directory that is there is complete."""
     from sora_jax.data.video_folder.builder import Clip, VideoFolder
 
-    needed = sum(results[entry.file_name].num_bytes for entry in kept)
+    clips = [Clip(e, results[e.file_name], splits[e.file_name]) for e in kept]
     temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < needed * 1.05 + 2**20:
-            raise UserError(f"{target.parent} has {free} bytes free, the dataset needs about "
-                            f"{int(needed * 1.05) + 2**20}; free some or choose another directory")
-        temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
-        clips = [Clip(e, results[e.file_name], splits[e.file_name]) for e in kept]
-        builder = VideoFolder(folder=folder, clips=clips, data_dir=temporary,
-                              file_format="array_record")
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its own progress
-            builder.download_and_prepare()
-        built = pathlib.Path(builder.data_dir)
-        (built / "report.json").write_text(
-            json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (built / "report.txt").write_text(report_text(report) + "\n", encoding="utf-8")
-        try:
-            os.rename(built, target)
-        except OSError:
-            if not (target / "dataset_info.json").is_file():  # else another process was faster
-                raise
+        with reports_full_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _check_space(target.parent, sum(clip.checked.num_bytes for clip in clips))
+            temporary = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+            builder = VideoFolder(folder=folder, clips=clips, data_dir=temporary,
+                                  file_format="array_record")
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its own progress
+                builder.download_and_prepare()
+            built = pathlib.Path(builder.data_dir)
+            (built / "report.json").write_text(
+                json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (built / "report.txt").write_text(report_text(report) + "\n", encoding="utf-8")
+            try:
+                os.rename(built, target)
+            except OSError:
+                if not (target / "dataset_info.json").is_file():  # else another one was faster
+                    raise
     except OSError as error:
         raise UserError(f"the dataset {target} cannot be written ({error.strerror or error}); "
-                        f"it needs about {needed} bytes") from error
+                        "choose another directory") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_space(directory, num_bytes):
+    needed, free = int(num_bytes * 1.05) + 2**20, shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(f"{directory} has {free} bytes free, the dataset needs about {needed}; "
+                        "free some or choose another directory")

@@ -19,7 +19,7 @@ import tempfile
 import time
 
 from sora_jax.data.open_video import DecodeError
-from sora_jax.data.video_folder.check import Checked, check_file
+from sora_jax.data.video_folder.check import OUT_OF_MEMORY, Checked, check_file
 from sora_jax.data.video_folder.options import FolderOptions
 
 START_SECONDS = 60.0
@@ -49,8 +49,13 @@ def check_files(folder, names, options: FolderOptions, on_done=None) -> dict:
                 name = jobs.get_nowait()
             except queue.Empty:
                 break
+            path, used = pathlib.Path(folder) / name, child is not None
             child = child or _Child(options.memory_bytes)
-            results[name] = child.check(pathlib.Path(folder) / name, options)
+            results[name] = child.check(path, options)
+            if not child.alive and used and OUT_OF_MEMORY in str(results[name]):
+                # perhaps only because of what the files before it left behind
+                child = _Child(options.memory_bytes)
+                results[name] = child.check(path, options)
             if not child.alive:
                 child = None
             if on_done is not None:
@@ -73,7 +78,8 @@ class _Child:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sora_jax.data.video_folder.worker", str(memory_bytes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths),
+                 "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
         self._extra_seconds = START_SECONDS
         self.alive = True
 
@@ -94,6 +100,8 @@ class _Child:
             return self._death()
         answer = json.loads(answer)
         if "refused" in answer:
+            if OUT_OF_MEMORY in answer["refused"]:
+                self.close()
             return answer["refused"]
         return Checked(**{**answer, "changes": tuple(answer["changes"]),
                           "notes": tuple(answer["notes"])})
@@ -115,7 +123,8 @@ class _Child:
         code = self._process.wait()
         self.close()
         cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        return f"decoding it ended the process ({cause}): out of memory or a fault in FFmpeg"
+        return (f"decoding it ended the process ({cause}): it {OUT_OF_MEMORY}, or FFmpeg has a "
+                "fault")
 
     def close(self):
         self.alive = False
@@ -155,13 +164,7 @@ class _Complaints:
 def _serve(memory_bytes):
     import av.logging
 
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, ValueError, OSError):  # where there is no such limit, time limits remain
-        pass
+    _limit_memory(memory_bytes)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     complaints = _Complaints()
@@ -176,12 +179,28 @@ def _serve(memory_bytes):
                 check_file(path, FolderOptions(**request), complaints.next))
         except DecodeError as error:
             cause = complaints.next()
-            answer = {"refused": f"{error.reason}; {cause}" if cause else error.reason}
+            reason = f"{error.reason}; {cause}" if cause else error.reason
+            if isinstance(error.__cause__, MemoryError) and OUT_OF_MEMORY not in reason:
+                reason = f"{OUT_OF_MEMORY} ({reason})"
+            answer = {"refused": reason}
         except MemoryError:
-            answer = {"refused": f"decoding it needs more than {memory_bytes} bytes of memory"}
+            answer = {"refused": OUT_OF_MEMORY}
         except Exception as error:
             answer = {"refused": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer).encode() + b"\n")
+
+
+def _limit_memory(memory_bytes):
+    """Address space beyond what the interpreter and its libraries have mapped already."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            limit = int(file.read().split()[0]) * resource.getpagesize() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, ValueError, OSError):  # where there is no such limit, time limits remain
+        pass
 
 
 if __name__ == "__main__":
