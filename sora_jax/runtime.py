@@ -1,4 +1,4 @@
-"""Start-up shared by the entry points: allocator settings, errors as one line, paths of a workdir."""
+"""Start-up shared by the entry points: allocator settings, and errors as one line."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Turns a nested mapping into frozen dataclasses, so that a misspelt key or wrong type fails by name."""
+"""Mappings to frozen dataclasses, so that a misspelt key or a wrong type fails by name."""
 
 import dataclasses
 import difflib

@@ -1,4 +1,4 @@
-"""Diffusion times: how training draws them, how clip size shifts them, which grid sampling walks."""
+"""Diffusion times: how training draws them, how size shifts them, the grid sampling walks."""
 
 import jax
 import jax.numpy as jnp

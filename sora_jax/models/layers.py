@@ -1,4 +1,4 @@
-"""Layers shared by the networks: a linear map that flattens its rows, norms, embeddings of numbers."""
+"""Layers shared by the networks: a linear map that flattens its rows, norms, sinusoids."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Where a token stands in its own clip: rotary positions in 3-D and positions relative to the frame."""
+"""Where a token stands in its clip: rotary positions in 3-D, and places relative to the frame."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Videos from prompts: clips of any sizes packed into rows, as in training, and sampled together."""
+"""Videos from prompts: clips of any sizes share rows, as in training, and are sampled together."""
 
 import dataclasses
 import functools
