@@ -16,8 +16,9 @@ __all__ = ["DecodeError", "DecodedVideo", "VideoInfo", "decode_video", "encode_v
 
 MAX_BYTES = 2**32
 """Bytes of one decoded clip."""
-SEEK_FROM_FRAMES = 24
-"""Clips that start earlier than this are decoded from the file's start: the scan costs more."""
+SEEK_FROM_FRAMES, SEEK_FROM_SECONDS = 24, 1.0
+"""Clips that start earlier (in frames, when resampling in seconds) are decoded from the file's
+start: reading all packets to find a key frame costs more."""
 FALLBACK_FPS = 25
 """Of raw streams that state neither time stamps nor a rate."""
 
@@ -102,7 +103,8 @@ def decode_video(
     if fps is not None and not 0 < fps <= 1000:
         raise UserError(f"fps = {fps} should be above 0 and at most 1000")
     guards = dict(name=name, max_pixels=max_pixels, timeout_seconds=timeout_seconds)
-    start = _start(data, guards, start_frame, fps) if start_frame >= SEEK_FROM_FRAMES else _START
+    late = start_frame >= (SEEK_FROM_FRAMES if fps is None else SEEK_FROM_SECONDS * fps)
+    start = _start(data, guards, start_frame, fps) if late else _START
     with open_video(data, **guards) as video:
         timed = enumerate(timed_frames(video, start), start.index)
         if fps is None:
@@ -197,14 +199,20 @@ def timed_frames(video: OpenVideo, start: _Start = _START):
 def _resampled(timed, fps, start_frame, frame_stride):
     """(second, frame) on display at k/fps for k = start_frame, start_frame + frame_stride, ...
 
-    Stamps are rounded in many containers, so a frame counts from a quarter interval early.
+    Stamps are rounded in many containers, so a frame counts from a quarter interval early. Damage
+    is raised only after the moments that the frames before it cover.
     """
-    early, k, before = 0.25 / fps, start_frame, None
-    for second, frame in timed:
-        while before is not None and k / fps + early < second:
-            yield k / fps, before
-            k += frame_stride
-        before, last = frame, second
+    early, k, before, damage = 0.25 / fps, start_frame, None, None
+    try:
+        for second, frame in timed:
+            while before is not None and k / fps + early < second:
+                yield k / fps, before
+                k += frame_stride
+            before, last = frame, second
+    except DecodeError as error:
+        damage = error
     while before is not None and k / fps <= last + early:
         yield k / fps, before
         k += frame_stride
+    if damage is not None:
+        raise damage

@@ -6,7 +6,7 @@ import resource
 import numpy as np
 import pytest
 
-from sora_jax.data.decode import DecodeError, decode_video, probe
+from sora_jax.data.decode import DecodeError, decode_video, num_frames_at, probe
 from sora_jax.data.video_folder.options import FolderOptions
 from sora_jax.data.video_folder.worker import check_files
 from tests.outside_data import outside
@@ -108,6 +108,10 @@ def test_nasty_decodes_as_checked(row, results):
         video = decode_video(path, num_frames=count, **limits)
         assert video.pixels_THWC.shape == (count, 16, 16, 3)
         assert np.isfinite(video.seconds_T).all() and (np.diff(video.seconds_T) > 0).all()
+        fps = min(8.0, outcome.fps)
+        count = num_frames_at(outcome.num_frames, outcome.fps, fps)
+        video = decode_video(path, num_frames=count, fps=fps, **limits)
+        assert len(video.pixels_THWC) == count
     elif row["pyav_outcome"] != "frames" or "8k" in row["file_name"]:
         with pytest.raises(DecodeError) as error:
             decode_video(path, num_frames=int(row["pyav_frames"] or 0) + 1, **limits)
