@@ -45,7 +45,9 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
     held_out = latents.open_latents(config, workdir, vae, "held_out")
     results = {}
     if config.evaluation.num_loss_clips:
-        results["validation_loss"] = validation_loss(config, model, params, held_out)
+        results["validation_loss"] = validation_loss(
+            config, model, vae.channel_std, params, held_out
+        )
     if config.evaluation.num_prompts and config.data.dataset == "moving_shapes":
         requests = diffusion.held_out_requests(
             held_out, config.evaluation.num_prompts, config.evaluation.seed
@@ -55,18 +57,18 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
     return {**results, **vae_reconstruction(config, vae, workdir)}
 
 
-def validation_loss(config: RunConfig, model, params, held_out) -> float:
+def validation_loss(config: RunConfig, model, data_std, params, held_out) -> float:
     """Velocity error on the first held-out clips at fixed times and fixed noise, by tokens."""
     packing = dataclasses.replace(config.packing, caption_drop=0.0)
     loader = pipeline.packed_batches(held_out, packing, config.model.patch, seed=0, num_threads=0)
-    error_fn = jax.jit(diffusion.clip_errors, static_argnums=0)
+    error_fn = jax.jit(diffusion.clip_errors, static_argnums=(0, 1))
     total = weight = clips = step = 0.0
     while clips < config.evaluation.num_loss_clips:
         batch = loader.batch(int(step))
         for i, value in enumerate(config.evaluation.loss_times):
             time_BS = jnp.full(batch["clip_BSF"].shape[:2], value, jnp.float32)
             key = stream(config.evaluation.seed, "validation", int(step), i)
-            error_BS, tokens_BS = error_fn(model, params, batch, time_BS, key)
+            error_BS, tokens_BS = error_fn(model, data_std, params, batch, time_BS, key)
             total += float((error_BS * tokens_BS).sum())
             weight += float(tokens_BS.sum())
         clips += int((batch["clip_BSF"][..., 0] > 0).sum())

@@ -315,18 +315,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents -> folded pixels."""
+    """Latents -> folded pixels, or with `blocks_BTHWC` (folded pixels) what they miss."""
 
     config: VideoVAEConfig
 
     @nn.compact
-    def __call__(self, x_BTHWC):
+    def __call__(self, x_BTHWC, blocks_BTHWC=None):
         config = self.config
         x_BTHWC = CausalConv(
             config.decoder_dims[-1], config.latent_kernel, name="conv_in")(x_BTHWC)
         x_BTHWC = Middle(config, name="middle")(x_BTHWC)
         for level in reversed(range(len(config.decoder_dims))):
             before_BTHWC, features = x_BTHWC, config.decoder_dims[level]
+            if level == 0 and blocks_BTHWC is not None:
+                x_BTHWC = x_BTHWC + CausalConv(x_BTHWC.shape[-1], config.kernel(0),
+                                               name="from_blocks")(blocks_BTHWC)
             for i in range(config.num_res_blocks + 1):
                 x_BTHWC = ResidualBlock(features, config.kernel(level), config.norm_eps,
                                         name=f"level_{level}_block_{i}")(x_BTHWC)
@@ -437,10 +440,13 @@ class VideoVAE(nn.Module):
 
     def decode(self, latents_BTHWC, clip: bool = False):
         """Pixels of latents that are not normalised; clipped to [-1, 1] only where asked."""
-        pixels_BTHWC = unfold_pixels(
-            self.decoder(self.post_quant_conv(latents_BTHWC)), self.config.patch_size)
+        patch, blocks_BTHWC = self.config.patch_size, None
         if self.config.block_shortcut:
-            pixels_BTHWC = pixels_BTHWC + self.latents_to_blocks(latents_BTHWC)
+            blocks_BTHWC = fold_pixels(self.latents_to_blocks(latents_BTHWC), patch)
+        x_BTHWC = self.decoder(self.post_quant_conv(latents_BTHWC), blocks_BTHWC)
+        if self.config.block_shortcut:
+            x_BTHWC = x_BTHWC + blocks_BTHWC
+        pixels_BTHWC = unfold_pixels(x_BTHWC, patch)
         return jnp.clip(pixels_BTHWC, -1, 1) if clip else pixels_BTHWC
 
     def __call__(self, pixels_BTHWC):

@@ -17,7 +17,7 @@ from sora_jax.models.dit import DiT, by_segment
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.latents import open_latents
-from sora_jax.tasks.sampling import Request, Sampler, clip_shift
+from sora_jax.tasks.sampling import Request, Sampler, clip_shift, velocity
 from sora_jax.tasks.task import Task
 from sora_jax.weights.vae_files import FrozenVAE, load_vae
 
@@ -34,7 +34,7 @@ def build(config: RunConfig, workdir: str) -> Task:
     return Task(
         name="diffusion",
         init=functools.partial(init, config, model),
-        loss=functools.partial(loss, config, model),
+        loss=functools.partial(loss, config, model, vae.channel_std),
         batches=loader.iterate,
         sample=functools.partial(write_samples, config, make_sampler(config, model, vae), held_out),
     )
@@ -42,10 +42,12 @@ def build(config: RunConfig, workdir: str) -> Task:
 
 def outline(config: RunConfig) -> tuple[Task, dict]:
     """Init and loss without any data, and a batch of padding with the shapes of training."""
-    model = make_model(config, load_vae(config.latents.vae))
+    vae = load_vae(config.latents.vae)
+    model = make_model(config, vae)
     task = Task(
         name="diffusion",
-        init=functools.partial(init, config, model), loss=functools.partial(loss, config, model),
+        init=functools.partial(init, config, model),
+        loss=functools.partial(loss, config, model, vae.channel_std),
     )
     return task, example_batch(config, model)
 
@@ -81,7 +83,7 @@ def example_batch(config: RunConfig, model: DiT) -> dict:
     )
 
 
-def loss(config: RunConfig, model: DiT, params, batch: dict, key):
+def loss(config: RunConfig, model: DiT, data_std, params, batch: dict, key):
     """Mean squared velocity error, clips weighted by their tokens, and counts for the log."""
     shape_BS = batch["clip_BSF"].shape[:2]
     time_BS = times.shift(
@@ -90,7 +92,9 @@ def loss(config: RunConfig, model: DiT, params, batch: dict, key):
         ),
         clip_shift(batch, config.diffusion),
     )
-    error_BS, tokens_BS = clip_errors(model, params, batch, time_BS, stream(key, "noise"))
+    error_BS, tokens_BS = clip_errors(
+        model, data_std, params, batch, time_BS, stream(key, "noise")
+    )
     useful = tokens_BS.sum()
     value = (error_BS * tokens_BS).sum() / jax.numpy.maximum(useful, 1)
     return value, {
@@ -100,14 +104,17 @@ def loss(config: RunConfig, model: DiT, params, batch: dict, key):
     }
 
 
-def clip_errors(model: DiT, params, batch: dict, time_BS, noise_key):
-    """(error_BS, tokens_BS): mean squared velocity error and number of tokens of every clip."""
+def clip_errors(model: DiT, data_std, params, batch: dict, time_BS, noise_key):
+    """(error_BS, tokens_BS): mean squared velocity error and number of tokens of every clip.
+
+    data_std: of every channel of the latents, a tuple (C,).
+    """
     tokens_BND = batch["tokens_BND"]
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
     noise_BND = jax.random.normal(noise_key, tokens_BND.shape)
     time_BN1 = by_segment(time_BS[..., None], member_BNS)
-    noised = process.corrupt(tokens_BND, noise_BND, time_BN1)
-    prediction_BND = model.apply({"params": params}, {**batch, "tokens_BND": noised}, time_BS)
+    noised_BND = process.corrupt(tokens_BND, noise_BND, time_BN1)
+    prediction_BND = velocity(model, data_std, params, batch, noised_BND, time_BS)
     target_BND = process.velocity(tokens_BND, noise_BND)
     error_BS = objectives.clip_mean_squared_error(prediction_BND, target_BND, member_BNS)
     return error_BS, member_BNS.sum(1)

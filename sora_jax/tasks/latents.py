@@ -1,6 +1,7 @@
 """From a dataset to its latent cache: every clip through the frozen VAE once."""
 
 import concurrent.futures
+import dataclasses
 import itertools
 import logging
 import pathlib
@@ -19,6 +20,7 @@ from sora_jax.weights.vae_files import FrozenVAE
 
 MAX_UNREADABLE_SHARE = 0.05
 DECODE_THREADS = 2
+MAX_ROWS = 64  # clips encoded at once
 _BATCHES_AHEAD = 4
 
 
@@ -69,15 +71,12 @@ def build_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) -
     key = cache_key(config, source, vae)
     start, done, failed = time.monotonic(), 0, 0
     with CacheWriter(directory, key, vae.config.z_dim) as writer:
-        batches = list(encoding_batches(plan, config.latents.batch_pixels))
-        shapes = compiled_shapes(batches)
+        batches = encoding_batches(plan, config.data.max_frames, config.latents.batch_pixels)
         for batch, clips in decoded_ahead(source, batches):
             kept = [(item, record, pixels) for item, record, pixels in clips if record is not None]
             failed += len(clips) - len(kept)
             if kept:
-                side = batch[0].spec.height, batch[0].spec.width, batch[0].spec.frames > 1
-                rows, longest = shapes[side]
-                latents = encode(vae, [pixels for *_, pixels in kept], longest, rows)
+                latents = encode(vae, [pixels for *_, pixels in kept], batch)
                 for (item, record, _), latents_THWC in zip(kept, latents, strict=True):
                     writer.add(
                         f"{record.id}@{item.window.start_frame}", latents_THWC, record.captions,
@@ -94,31 +93,33 @@ def build_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) -
     return open_cache(directory, key)
 
 
-def encoding_batches(plan: list[PlannedClip], batch_pixels: int) -> Iterator[list[PlannedClip]]:
-    """Clips of equal height and width, images and videos apart, in batches of at most
-    batch_pixels (at least one clip)."""
+@dataclasses.dataclass(frozen=True)
+class EncodingBatch:
+    """Clips that are encoded together, and the (rows, frames) they are padded to."""
 
-    def shape(item):
+    clips: list[PlannedClip]
+    rows: int
+    frames: int
+
+
+def encoding_batches(plan: list[PlannedClip], max_frames: int, batch_pixels: int
+                     ) -> Iterator[EncodingBatch]:
+    """Clips of equal height and width, images and videos apart, at most batch_pixels at once.
+
+    What a batch is padded to follows from its height, width and kind alone, so that two programs
+    per size are compiled, whatever the lengths and the split.
+    """
+
+    def kind(item):
         return item.spec.height, item.spec.width, item.spec.frames > 1
 
-    for _, group in itertools.groupby(sorted(plan, key=lambda x: (shape(x), x.record)), key=shape):
-        group = list(group)
-        spec = max(item.spec for item in group)
-        count = max(1, batch_pixels // (spec.frames * spec.height * spec.width))
-        for first in range(0, len(group), count):
-            yield group[first : first + count]
-
-
-def compiled_shapes(batches):
-    """{(height, width, is video): (rows, frames)} that holds every batch of that kind."""
-    shapes = {}
-    for batch in batches:
-        spec = batch[0].spec
-        kind = spec.height, spec.width, spec.frames > 1
-        rows, frames = shapes.get(kind, (0, 0))
-        longest = max(item.spec.frames for item in batch)
-        shapes[kind] = max(rows, len(batch)), max(frames, longest)
-    return shapes
+    for (height, width, moves), group in itertools.groupby(
+        sorted(plan, key=lambda item: (kind(item), item.record)), key=kind
+    ):
+        group, frames = list(group), max_frames if moves else 1
+        rows = max(1, min(MAX_ROWS, batch_pixels // (frames * height * width)))
+        for first in range(0, len(group), rows):
+            yield EncodingBatch(group[first : first + rows], rows, frames)
 
 
 def decoded_ahead(source: Source, batches):
@@ -129,7 +130,7 @@ def decoded_ahead(source: Source, batches):
 
     def decode(batch):
         out = []
-        for item in batch:
+        for item in batch.clips:
             try:
                 record = source[item.record]
                 pixels = decode_clip(
@@ -153,13 +154,13 @@ def decoded_ahead(source: Source, batches):
             yield future.result()
 
 
-def encode(vae: FrozenVAE, clips: list[np.ndarray], longest: int, rows: int) -> list[np.ndarray]:
-    """Latents THWC of uint8 clips of one height and width, with one compiled shape for all calls.
+def encode(vae: FrozenVAE, clips: list[np.ndarray], batch: EncodingBatch) -> list[np.ndarray]:
+    """Latents THWC of uint8 clips of one height and width.
 
-    Clips are padded in time to `longest` frames and cut after: the VAE is causal, so the latents
-    are those of the clip alone.
+    Clips are padded in time and cut after: the VAE is causal, so the latents are those of the clip
+    alone.
     """
-    pixels_BTHWC = np.zeros((rows, longest, *clips[0].shape[1:]), np.uint8)
+    pixels_BTHWC = np.zeros((batch.rows, batch.frames, *clips[0].shape[1:]), np.uint8)
     for row, pixels_THWC in enumerate(clips):
         pixels_BTHWC[row, : len(pixels_THWC)] = pixels_THWC
     latents_BTHWC = np.asarray(vae.encode_normalized(pixels_BTHWC))

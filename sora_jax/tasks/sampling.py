@@ -4,16 +4,19 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.core.rng import numpy_stream
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.data.packed_rows import PackedClip, empty_rows, num_tokens, pack_row, unpack_row
 from sora_jax.data.packing import PackingConfig
-from sora_jax.diffusion import guidance, samplers, times
+from sora_jax.diffusion import guidance, process, samplers, times
 from sora_jax.models.dit import DiT, by_segment
 from sora_jax.run_config import DiffusionConfig
 from sora_jax.weights.vae_files import FrozenVAE
+
+_DECODE_ROWS = 4  # clips decoded at once: one program for every size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Sampler:
             mine = [i for i, request in enumerate(requests) if request.spec == spec]
             for first in range(0, len(mine), _DECODE_ROWS):
                 part = mine[first : first + _DECODE_ROWS]
-                rows = np.zeros((_rows_for(len(part)), *latents[part[0]].shape), np.float32)
+                rows = np.zeros((_DECODE_ROWS, *latents[part[0]].shape), np.float32)
                 rows[: len(part)] = [latents[i] for i in part]
                 for i, clip in zip(part, np.asarray(self.vae.decode_normalized(rows)),
                                    strict=False):
@@ -81,7 +84,8 @@ class Sampler:
                 pack_row(blank, row, [dataclasses.replace(c, caption=None) for c in mine],
                          packing, patch)
             tokens_BND = _sample(
-                self.model, self.num_steps, self.guidance, self.diffusion, params, batch,
+                self.model, self.vae.channel_std, self.num_steps, self.guidance, self.diffusion,
+                params, batch,
                 {name: blank[name] for name in ("text_BM", "text_segment_BM")},
             )
             batch["tokens_BND"] = np.asarray(tokens_BND)
@@ -95,14 +99,6 @@ class Sampler:
         noise = numpy_stream(request.seed, "noise").standard_normal(shape, np.float32)
         spec = request.spec
         return PackedClip(noise, request.prompt, spec.frames, spec.height, spec.width, request.fps)
-
-
-_DECODE_ROWS = 16
-
-
-def _rows_for(count: int) -> int:
-    """The power of two at or above count, so that few shapes are compiled."""
-    return 1 << (count - 1).bit_length()
 
 
 def first_fit(lengths, captions, packing: PackingConfig) -> list[list[int]]:
@@ -130,8 +126,21 @@ def clip_shift(batch: dict, diffusion: DiffusionConfig):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(model, num_steps, scale, diffusion, params, batch, blank):
+def velocity(model: DiT, data_std, params, batch: dict, noised_BND, time_BS):
+    """The model's velocity (B, N, D) of noised tokens, each clip at its own time.
+
+    data_std: of every channel of the latents, a tuple (C,); a token holds C last.
+    """
+    member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
+    padding_BN1 = (batch["segment_BN"] == 0)[..., None]
+    time_BN1 = by_segment(time_BS[..., None], member_BNS) + padding_BN1
+    data_std_D = jnp.tile(jnp.asarray(data_std), model.token_width // len(data_std))
+    seen_BND, velocity_of = process.precondition(noised_BND, time_BN1, data_std_D)
+    return velocity_of(model.apply({"params": params}, {**batch, "tokens_BND": seen_BND}, time_BS))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _sample(model, data_std, num_steps, scale, diffusion, params, batch, blank):
     """Denoised tokens_BND of packed rows whose tokens are noise."""
     num_clips = batch["clip_BSF"].shape[1]
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, num_clips)
@@ -139,15 +148,14 @@ def _sample(model, num_steps, scale, diffusion, params, batch, blank):
         times.sampling_grid(num_steps)[:, None, None], clip_shift(batch, diffusion)
     )
 
-    def velocity(tokens_BND, time_BS):
-        here = {**batch, "tokens_BND": tokens_BND}
-        with_text = model.apply({"params": params}, here, time_BS)
+    def guided_velocity(tokens_BND, time_BS):
+        with_text = velocity(model, data_std, params, batch, tokens_BND, time_BS)
         if scale == 1.0:
             return with_text
-        without = model.apply({"params": params}, {**here, **blank}, time_BS)
+        without = velocity(model, data_std, params, {**batch, **blank}, tokens_BND, time_BS)
         return guidance.guide(with_text, without, scale)
 
     def expand(difference_BS):
         return by_segment(difference_BS[..., None], member_BNS)
 
-    return samplers.euler(velocity, batch["tokens_BND"], grid, expand)
+    return samplers.euler(guided_velocity, batch["tokens_BND"], grid, expand)

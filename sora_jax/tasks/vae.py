@@ -21,6 +21,8 @@ from sora_jax.weights.vae_files import FrozenVAE, load_vae, save_vae, to_float
 
 WEIGHTS = "vae.safetensors"
 STATISTICS_BATCHES = 32  # batches of training pixels that give the latent mean and std
+CHANGE_POWER = 0.5  # 0: every channel has std 1; 1: std proportional to its change of pixels
+CHANNEL_STD_POWER = 0.5  # 1 = as in pixels, 0 = all channels alike
 _LOGVAR_RANGE = (-20.0, 10.0)
 
 
@@ -172,8 +174,8 @@ def freeze(config: RunConfig, params, workdir: str) -> FrozenVAE:
 def freeze_with(config: RunConfig, train: Source, params) -> FrozenVAE:
     """`freeze` on an open dataset."""
     params = jax.tree.map(jnp.asarray, jax.device_get(params))
-    mean_C, std_C = latent_statistics(config, train, params)
-    return FrozenVAE(config.vae, params, "in training", mean_C, std_C, {})
+    mean_C, std_C, channel_std_C = latent_statistics(config, train, params)
+    return FrozenVAE(config.vae, params, "in training", mean_C, std_C, {}, channel_std_C)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -187,28 +189,56 @@ def _moments(config, params, pixels_BTHWC):
 
 
 def latent_statistics(config: RunConfig, train: Source, params):
-    """(mean_C, std_C) float32 of latents drawn from the posteriors of training pixels.
+    """(mean_C, std_C, channel_std_C) float32 of the latents of training pixels.
 
-    The std counts the posterior's own noise, so that a channel that carries nothing (mean always
-    0, variance 1) is not blown up by normalisation.
+    std_C is of latents drawn from the posteriors, so it counts their noise: a channel that carries
+    nothing (mean always 0, variance 1) is not blown up by normalisation. channel_std_C (mean square
+    1) is what a normalised channel should have: a power of the change of the pixels that one std of
+    the channel makes. Fine detail is thus small beside the noise of diffusion, as it is in pixels,
+    and is settled after what decides colour and place.
     """
     total = sum(np.asarray(_moments(config.vae, params, batch["pixels_BTHWC"]), np.float64)
                 for batch in statistics_batches(config, train))
     count, mean_C, square_C, variance_C = total[0], *(total[1:] / total[0])
     assert count.min() > 0
     std_C = np.sqrt(square_C - mean_C**2 + variance_C)
-    return mean_C.astype(np.float32), std_C.astype(np.float32)
+    longest = max(size.frames for size in config.pixels.sizes)
+    batch = next(batch for batch in statistics_batches(config, train)
+                 if batch["pixels_BTHWC"].shape[1] == longest)
+    change_C = np.asarray(_pixel_change(
+        config.vae, params, batch["pixels_BTHWC"][:2], std_C.astype(np.float32)), np.float64)
+    channel_std_C = np.maximum(change_C, 1e-3 * change_C.max()) ** CHANNEL_STD_POWER
+    channel_std_C /= np.sqrt(np.square(channel_std_C).mean())
+    return tuple(x.astype(np.float32) for x in (mean_C, std_C, channel_std_C))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pixel_change(config, params, pixels_BTHWC, step_C):
+    """Per channel: root mean square change of the pixels when its latents grow by step_C, to first
+    order."""
+    model = VideoVAE(config)
+    mean_BTHWC, _ = model.apply({"params": params}, to_float(pixels_BTHWC), method="encode")
+
+    def decode(latents_BTHWC):
+        return model.apply({"params": params}, latents_BTHWC, method="decode")
+
+    def change(direction_C):
+        _, change_BTHWC = jax.jvp(
+            decode, (mean_BTHWC,), (jnp.broadcast_to(direction_C, mean_BTHWC.shape),))
+        return jnp.sqrt(jnp.square(change_BTHWC).mean())
+
+    return jax.lax.map(change, jnp.diag(step_C))
 
 
 def write_weights(config: RunConfig, train: Source, params, step: int, workdir: str) -> list[str]:
-    """WORKDIR/vae.safetensors (float16) and its card; returns their paths."""
+    """WORKDIR/vae.safetensors (large kernels as int8) and its card; returns their paths."""
     frozen = freeze_with(config, train, params)
     path = pathlib.Path(workdir) / WEIGHTS
     save_vae(
         path, config.vae, frozen.params, frozen.latent_mean_C, frozen.latent_std_C,
         {"data": config.data.dataset, "data_fingerprint": train.fingerprint, "seed": config.seed,
          "steps": step, "loss": dataclasses.asdict(config.vae_loss)},
-        dtype=np.float16,
+        dtype=np.int8, channel_std_C=frozen.channel_std_C,
     )
     return [str(path), str(path.with_suffix(".json"))]
 

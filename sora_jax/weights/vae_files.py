@@ -24,14 +24,15 @@ from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
 from sora_jax.weights.wan_vae import config_from_wan, import_wan
 
 FORMAT = "sora_jax video vae 1"
+SCALE, MIN_QUANTIZED = ":scale", 4096
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenVAE:
-    """A VAE that is only used. Normalised latents have mean 0 and std 1 per channel over its data.
+    """A VAE that is only used. Normalised latents have mean 0 and std channel_std over its data.
 
-    digest: sha256 of the weights file; what a latent cache is keyed by.
+    digest: sha256 of the weights file and the latent statistics: what a latent cache is keyed by.
     """
 
     config: VideoVAEConfig
@@ -40,36 +41,47 @@ class FrozenVAE:
     latent_mean_C: np.ndarray
     latent_std_C: np.ndarray
     card: dict
+    channel_std_C: np.ndarray | None = None  # None: 1 everywhere
 
     @property
     def compression(self) -> Compression:
         return self.config.compression
+
+    @property
+    def channel_std(self) -> tuple[float, ...]:
+        """Standard deviation of every channel of the normalised latents; mean square 1."""
+        if self.channel_std_C is None:
+            return (1.0,) * self.config.z_dim
+        return tuple(float(x) for x in self.channel_std_C)
 
     def encode_normalized(self, pixels_BTHWC) -> jax.Array:
         """Normalised posterior means, float32, of pixels (uint8, or float in [-1, 1]).
 
         Compiled once per shape. Raises UserError on sizes that do not divide.
         """
-        return _encode(self.config, self.params, self.latent_mean_C, self.latent_std_C,
-                       pixels_BTHWC)
+        return _encode(self.config, self.params, self.latent_mean_C, self._unit_C, pixels_BTHWC)
 
     def decode_normalized(self, latents_BTHWC) -> jax.Array:
         """Pixels uint8 of normalised latents, computed in float32; compiled once per shape."""
-        return _decode(self.config, self.params, self.latent_mean_C, self.latent_std_C,
-                       latents_BTHWC)
+        return _decode(self.config, self.params, self.latent_mean_C, self._unit_C, latents_BTHWC)
+
+    @functools.cached_property
+    def _unit_C(self):
+        """What one unit of a normalised channel is in the VAE's own latents."""
+        return (self.latent_std_C / np.array(self.channel_std)).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(config, params, mean_C, std_C, pixels_BTHWC):
+def _encode(config, params, mean_C, unit_C, pixels_BTHWC):
     mean_BTHWC, _ = VideoVAE(config).apply(
         {"params": params}, to_float(pixels_BTHWC), method="encode")
-    return (mean_BTHWC - mean_C) / std_C
+    return (mean_BTHWC - mean_C) / unit_C
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(config, params, mean_C, std_C, latents_BTHWC):
+def _decode(config, params, mean_C, unit_C, latents_BTHWC):
     pixels_BTHWC = VideoVAE(config).apply(
-        {"params": params}, latents_BTHWC.astype(jnp.float32) * std_C + mean_C, True,
+        {"params": params}, latents_BTHWC.astype(jnp.float32) * unit_C + mean_C, True,
         method="decode")
     return to_uint8(pixels_BTHWC)
 
@@ -110,30 +122,57 @@ def unflatten(flat: dict) -> dict:
 
 
 def save_vae(path, config: VideoVAEConfig, params, latent_mean_C, latent_std_C,
-             provenance: dict, dtype=np.float32) -> str:
-    """Writes path (NAME.safetensors) and its card NAME.json; returns the digest.
+             provenance: dict, dtype=np.float32, channel_std_C=None) -> str:
+    """Writes path (NAME.safetensors) and its card NAME.json; returns the sha256 of the weights.
 
-    `provenance` is free text by name for the card (command, seed, data, psnr, licence ...). Both
-    files appear whole or not at all, the card last.
+    dtype: float32, float16, or int8 (see `quantize`). `provenance` is free text by name for the
+    card (command, seed, data, psnr, licence ...). Both files appear whole or not at all, the card
+    last.
     """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} should end in .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    flat = {name: np.asarray(leaf, dtype) for name, leaf in flatten(params).items()}
+    flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
+    flat = quantize(flat) if dtype == np.int8 else {k: x.astype(dtype) for k, x in flat.items()}
     content = safetensors.numpy.save(flat, metadata={"format": FORMAT})
-    digest = hashlib.sha256(content).hexdigest()
+    sha256 = hashlib.sha256(content).hexdigest()
     card = {
         "format": FORMAT,
-        "sha256": digest,
+        "sha256": sha256,
         "config": dataclasses.asdict(config),
         "latent_mean": [round(float(x), 6) for x in latent_mean_C],
         "latent_std": [round(float(x), 6) for x in latent_std_C],
+        "channel_std": None if channel_std_C is None else [
+            round(float(x), 6) for x in channel_std_C],
         **provenance,
     }
     _write_whole(path, content)
     _write_whole(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
-    return digest
+    return sha256
+
+
+def quantize(flat: dict) -> dict:
+    """Kernels of MIN_QUANTIZED values and more as int8 with a float16 scale per output channel
+    (NAME:scale), the rest as float16. A value moves by at most half its channel's scale."""
+    out = {}
+    for name, leaf in flat.items():
+        if leaf.ndim < 2 or leaf.size < MIN_QUANTIZED:
+            out[name] = leaf.astype(np.float16)
+            continue
+        peak = np.abs(leaf).max(axis=tuple(range(leaf.ndim - 1)))
+        scale = np.maximum(peak / 127, 1e-6).astype(np.float16)
+        out[name] = np.clip(np.round(leaf / scale.astype(np.float32)), -127, 127).astype(np.int8)
+        out[name + SCALE] = scale
+    return out
+
+
+def dequantize(flat: dict) -> dict:
+    """float32 parameters of what `quantize` or a plain cast wrote."""
+    return {
+        name: leaf.astype(np.float32) * flat.get(name + SCALE, np.float32(1)).astype(np.float32)
+        for name, leaf in flat.items() if not name.endswith(SCALE)
+    }
 
 
 def _write_whole(path, content: bytes):
@@ -148,13 +187,13 @@ def _write_whole(path, content: bytes):
 def load_vae(name: str | os.PathLike) -> FrozenVAE:
     """The VAE "builtin:NAME", of a .safetensors file with its card, or of a directory.
 
-    A directory holds vae.safetensors, or Wan 2.1 weights as published: config.json and
+    A directory holds vae.safetensors, or Wan 2.1 or 2.2 weights as published: config.json and
     diffusion_pytorch_model.safetensors. Raises UserError on anything missing, damaged or foreign.
     """
     path = _weights_path(name)
     card = _read_card(path)
     content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    sha256 = hashlib.sha256(content).hexdigest()
     try:
         flat = safetensors.numpy.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -164,24 +203,29 @@ def load_vae(name: str | os.PathLike) -> FrozenVAE:
     if card.get("_class_name") == "AutoencoderKLWan":
         config = config_from_wan(card)
         flat = import_wan(flat, config)
-        mean, std = card["latents_mean"], card["latents_std"]
+        mean, std, channels = card["latents_mean"], card["latents_std"], None
     else:
         if card.get("format") != FORMAT:
             raise UserError(f"the card of {path} has format {card.get('format')!r}; it should be "
                             f"{FORMAT!r}")
-        if card.get("sha256") != digest:
-            raise UserError(f"{path} has sha256 {digest[:12]}.. and its card says "
+        if card.get("sha256") != sha256:
+            raise UserError(f"{path} has sha256 {sha256[:12]}.. and its card says "
                             f"{str(card.get('sha256'))[:12]}..; weights and card are not a pair")
+        flat = dequantize(flat)
         config = from_mapping(VideoVAEConfig, card["config"], f"{path.stem} card config")
-        mean, std = card["latent_mean"], card["latent_std"]
+        mean, std, channels = card["latent_mean"], card["latent_std"], card.get("channel_std")
     check_parameters(flat, config, str(path))
-    if len(mean) != config.z_dim or len(std) != config.z_dim or min(std) <= 0:
-        raise UserError(f"the card of {path} should give {config.z_dim} latent means and positive "
-                        f"stds; it gives {mean} and {std}")
+    for name, values in (("mean", mean), ("std", std), ("channel std", channels)):
+        low = 0 if name != "mean" else -np.inf
+        if values is not None and (len(values) != config.z_dim or min(values) <= low):
+            raise UserError(f"the card of {path} should give a latent {name} for each of the "
+                            f"{config.z_dim} channels (stds above 0); it gives {values}")
     params = jax.tree.map(jnp.asarray, unflatten(
         {key: np.asarray(leaf, np.float32) for key, leaf in flat.items()}))
+    digest = hashlib.sha256(json.dumps([sha256, mean, std, channels]).encode()).hexdigest()
     return FrozenVAE(config, params, digest, np.asarray(mean, np.float32),
-                     np.asarray(std, np.float32), card)
+                     np.asarray(std, np.float32), card,
+                     None if channels is None else np.asarray(channels, np.float32))
 
 
 def check_parameters(flat: dict, config: VideoVAEConfig, where: str) -> None:

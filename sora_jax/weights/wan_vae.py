@@ -1,9 +1,10 @@
-"""Names and layouts of published Wan 2.1 VAE weights, to and from the native parameters.
+"""Names and layouts of published Wan 2.1 and 2.2 VAE weights, to and from native parameters.
 
 One rule list, derived from the config, serves both directions, so export gives back the very
 tensors that were imported. Arrays are numpy; torch is not needed.
 
-Source: layout of diffusers' AutoencoderKLWan (is_residual false), 194 tensors.
+Source: layout of diffusers' AutoencoderKLWan; is_residual false is Wan 2.1 (194 tensors), true
+Wan 2.2 (196).
 """
 
 import numpy as np
@@ -13,14 +14,13 @@ from sora_jax.models.video_vae import VideoVAEConfig
 
 
 def config_from_wan(published: dict) -> VideoVAEConfig:
-    """The native config of a published config.json; raises UserError for Wan 2.2's residual kind.
+    """The native config of a published config.json; raises UserError where it asks for more.
 
     Only the entries that change the function are read.
     """
-    if published.get("is_residual"):
-        raise UserError("is_residual true (Wan 2.2 VAE) is not supported; Wan 2.1's is false")
     if published.get("attn_scales"):
         raise UserError(f"attn_scales {published['attn_scales']} is not supported; it must be []")
+    patch = published.get("patch_size") or 1
     base = published["base_dim"]
     decoder_base = published.get("decoder_base_dim") or base
     mult = published["dim_mult"]
@@ -30,8 +30,9 @@ def config_from_wan(published: dict) -> VideoVAEConfig:
         z_dim=published["z_dim"],
         temporal_downsample=tuple(published["temperal_downsample"]),
         num_res_blocks=published["num_res_blocks"],
-        patch_size=published.get("patch_size") or 1,
-        in_channels=published.get("in_channels", 3),
+        patch_size=patch,
+        in_channels=published.get("in_channels", 3) // patch**2,
+        residual=bool(published.get("is_residual")),
         norm_eps=0.0)
 
 
@@ -65,15 +66,17 @@ def _resample(old: str, new: str, time: bool):
 
 
 def _encoder_levels(config):
-    """Published blocks are numbered through: residual blocks and downsamplers in one list."""
+    """Wan 2.1 numbers residual blocks and downsamplers through in one list, 2.2 has levels."""
     names, index, channels = [], 0, config.encoder_dims[0]
     for level, features in enumerate(config.encoder_dims):
         for i in range(config.num_res_blocks):
-            names += _residual_block(f"encoder.down_blocks.{index}",
+            old = f"{level}.resnets.{i}" if config.residual else index
+            names += _residual_block(f"encoder.down_blocks.{old}",
                                      f"encoder.level_{level}_block_{i}", channels != features)
             channels, index = features, index + 1
         if level < len(config.encoder_dims) - 1:
-            names += _resample(f"encoder.down_blocks.{index}", f"encoder.level_{level}_down",
+            old = f"{level}.downsampler" if config.residual else index
+            names += _resample(f"encoder.down_blocks.{old}", f"encoder.level_{level}_down",
                                config.temporal_downsample[level])
             index += 1
     return names
@@ -82,6 +85,7 @@ def _encoder_levels(config):
 def _decoder_levels(config):
     """Published blocks count from the coarsest level, which is the last one here."""
     names, channels = [], config.decoder_dims[-1]
+    upsampler = "upsampler" if config.residual else "upsamplers.0"
     for index, level in enumerate(reversed(range(len(config.decoder_dims)))):
         features = config.decoder_dims[level]
         for i in range(config.num_res_blocks + 1):
@@ -89,9 +93,9 @@ def _decoder_levels(config):
                                      f"decoder.level_{level}_block_{i}", channels != features)
             channels = features
         if level > 0:
-            names += _resample(f"decoder.up_blocks.{index}.upsamplers.0",
+            names += _resample(f"decoder.up_blocks.{index}.{upsampler}",
                                f"decoder.level_{level}_up", config.temporal_downsample[level - 1])
-            channels = features // 2
+            channels = features if config.residual else features // 2
     return names
 
 
@@ -110,7 +114,7 @@ def import_wan(tensors: dict, config: VideoVAEConfig) -> dict:
     missing, unused = sorted(used - set(tensors)), sorted(set(tensors) - used)
     if missing or unused:
         raise UserError(
-            f"these are not Wan 2.1 VAE weights of this config: {len(missing)} tensors missing "
+            f"these are not Wan VAE weights of this config: {len(missing)} tensors missing "
             f"{missing[:3]}, {len(unused)} unknown {unused[:3]}")
     return flat
 

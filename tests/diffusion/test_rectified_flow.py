@@ -84,3 +84,17 @@ def test_the_loss_of_a_clip_is_the_mean_over_its_own_tokens(weight):
     out = objectives.clip_mean_squared_error(prediction, target, member)
     expected = np.array([[(target[0, :2] ** 2).mean(), (target[0, 2:4] ** 2).mean(), 0.0]])
     np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("time", [0.05, 0.5, 0.95])
+def test_preconditioning_is_the_best_linear_guess_and_leaves_what_it_says(time):
+    std = np.array([0.3, 1.0, 2.5])
+    rng = np.random.default_rng(0)
+    x0, noise = std * rng.normal(size=(200_000, 3)), rng.normal(size=(200_000, 3))
+    xt, v = process.corrupt(x0, noise, time), process.velocity(x0, noise)
+    seen, velocity_of = process.precondition(xt, time, std)
+    np.testing.assert_allclose(seen.std(0), 1.0, atol=0.01)
+    rest = v - velocity_of(0.0)
+    np.testing.assert_allclose((rest * xt).mean(0), 0.0, atol=0.02)
+    needed = rest / (velocity_of(1.0) - velocity_of(0.0))
+    np.testing.assert_allclose(needed.std(0), 1.0, atol=0.01)
