@@ -1,5 +1,7 @@
-"""The native VAE computes what the published Wan 2.1 class computes (golden case wan21_vae)."""
+"""The native VAE computes what the published Wan 2.1 and 2.2 classes compute (golden cases
+wan21_vae and wan22_vae): their chunked passes are one pass over the whole clip here."""
 
+import functools
 import json
 
 import jax
@@ -15,13 +17,14 @@ from tests.outside_data import outside
 
 GOLDEN = outside("golden")
 TOLERANCE = 2e-5
+COMPILE_FAST = {"xla_backend_optimization_level": "0"}  # these run once, on tiny inputs
 
 pytestmark = pytest.mark.skipif(GOLDEN is None, reason="no golden files (SORA_JAX_GOLDEN)")
 
 
-@pytest.fixture(scope="module")
-def case():
-    folder = GOLDEN / "wan21_vae"
+@pytest.fixture(scope="module", params=["wan21_vae", "wan22_vae"])
+def case(request):
+    folder = GOLDEN / request.param
     published = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "weights.safetensors")
     config = config_from_wan(published)
@@ -38,31 +41,33 @@ def error(got, wanted):
     return np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("name", ["image", "video_9", "video_17"])
+@pytest.mark.parametrize("name", ["image", "video_9"])
 def test_whole_clip_encode_equals_the_published_chunked_encode(case, name):
     published, _, config, params, io = case
     with jax.default_matmul_precision("highest"):
-        mean, logvar = VideoVAE(config).apply(
-            {"params": params}, channels_last(io[f"in.{name}"]), method="encode")
+        encode = functools.partial(VideoVAE(config).apply, method="encode")
+        mean, logvar = jax.jit(encode, compiler_options=COMPILE_FAST)(
+            {"params": params}, channels_last(io[f"in.{name}"]))
     moments = np.concatenate([mean, logvar], axis=-1)
     assert error(moments, channels_last(io[f"out.{name}.moments"])) < TOLERANCE
     normalized = (mean - np.array(published["latents_mean"])) / np.array(published["latents_std"])
     assert error(normalized, channels_last(io[f"out.{name}.latent_normalized"])) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["z_1", "z_3", "z_5"])
+@pytest.mark.parametrize("name", ["z_1", "z_3"])
 def test_whole_clip_decode_equals_the_published_chunked_decode(case, name):
     _, _, config, params, io = case
     with jax.default_matmul_precision("highest"):
-        pixels = VideoVAE(config).apply(
-            {"params": params}, channels_last(io[f"in.{name}"]), True, method="decode")
+        decode = functools.partial(VideoVAE(config).apply, clip=True, method="decode")
+        pixels = jax.jit(decode, compiler_options=COMPILE_FAST)(
+            {"params": params}, channels_last(io[f"in.{name}"]))
     assert error(pixels, channels_last(io[f"out.{name}.decoded"])) < TOLERANCE
 
 
 def test_import_gives_exactly_the_parameters_of_init(case):
     _, _, config, params, _ = case
     shapes = jax.eval_shape(
-        VideoVAE(config).init, jax.random.key(0), np.zeros((1, 5, 16, 16, 3), np.float32))
+        VideoVAE(config).init, jax.random.key(0), np.zeros((1, 5, 32, 32, 3), np.float32))
     wanted = {name: box.value.shape for name, box in flatten(shapes["params"]).items()}
     assert {name: leaf.shape for name, leaf in flatten(params).items()} == wanted
 
