@@ -15,8 +15,8 @@ def get_config(arg: str = ""):
     """configs/base.py with the VAE as the task. arg "runlocal" shrinks everything to a trial."""
     config = BASE["get_config"](arg)
     config.task = "vae"
-    config.num_steps = 1400
-    config.data.num_train_clips = 8000
+    config.num_steps = 500
+    config.data.num_train_clips = 4000
 
     config.vae.encoder_dims = (24, 48, 48)
     config.vae.decoder_dims = (24, 48, 64)

@@ -6,7 +6,6 @@ from sora_jax import checkpoint, metrics
 from sora_jax.core.errors import UserError
 from sora_jax.evaluation import evaluators
 from sora_jax.run_config import RunConfig
-from sora_jax.tasks import registry
 
 POLL_SECONDS = 5.0
 
@@ -17,7 +16,6 @@ def follow(config: RunConfig, workdir: str, wait_seconds: float = 600.0) -> None
     Raises UserError where no new checkpoint appears for wait_seconds, after evaluating all there
     are: the training job has ended or hangs.
     """
-    task = registry.build(config, workdir)
     done = {row["step"] for row in metrics.read_json_lines(f"{workdir}/eval.jsonl")}
     deadline = time.monotonic() + wait_seconds
     with checkpoint.Checkpointer(workdir, config.checkpoint, read_only=True) as checkpoints:
@@ -29,7 +27,7 @@ def follow(config: RunConfig, workdir: str, wait_seconds: float = 600.0) -> None
                 except UserError as error:
                     print(f"checkpoint {step} cannot be read: {error}", flush=True)
                 else:
-                    evaluators.evaluate_and_write(config, task, params, step, workdir)
+                    evaluators.evaluate_and_write(config, params, step, workdir)
                 done.add(step)
                 deadline = time.monotonic() + wait_seconds
             if not new:

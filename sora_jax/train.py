@@ -89,11 +89,23 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
                     print(f"samples: {files[-1]}", flush=True)
             if evaluation_due(config, step):
                 with progress.not_counted():
-                    evaluators.evaluate_and_write(config, task, state.ema_params, step, workdir)
+                    evaluators.evaluate_and_write(config, state.ema_params, step, workdir)
         log(late.flush(), writer, progress)
-        for path in task.finish(state.ema_params, int(state.step), workdir):
-            print(f"wrote {path}")
         writer.close()
+        finish(config, task, state, workdir)
+
+
+def finish(config, task: Task, state, workdir: str) -> None:
+    """Samples, figures and files of the last step, where an earlier start has not made them."""
+    step = int(state.step)
+    done = {row["step"] for row in metrics.read_json_lines(f"{workdir}/eval.jsonl")}
+    if step in done:
+        return
+    if config.sampling.num_clips:
+        print(f"samples: {task.sample(state.ema_params, step, workdir)[-1]}", flush=True)
+    for path in task.finish(state.ema_params, step, workdir):
+        print(f"wrote {path}")
+    evaluators.evaluate_and_write(config, state.ema_params, step, workdir)
 
 
 def state_functions(config, task: Task, tx, mesh):
@@ -141,17 +153,16 @@ def log(fetched, writer, progress) -> None:
 
 
 def sample_due(config, step: int) -> bool:
-    """Whether samples are written after this step."""
+    """Whether samples are written after this step; the last step's are made by finish()."""
     every = config.sampling.every_steps
-    return config.sampling.num_clips > 0 and step in (
-        config.sampling.first_step, config.num_steps, every and step // every * every
-    )
+    due = step == config.sampling.first_step or bool(every and step % every == 0)
+    return config.sampling.num_clips > 0 and due and step < config.num_steps
 
 
 def evaluation_due(config, step: int) -> bool:
-    """Whether the run itself evaluates after this step."""
+    """Whether the run itself evaluates after this step; the last step is left to finish()."""
     every = config.evaluation.every_steps
-    return step == config.num_steps or bool(every and step % every == 0)
+    return bool(every and step % every == 0) and step < config.num_steps
 
 
 if __name__ == "__main__":

@@ -16,14 +16,13 @@ from sora_jax.evaluation.prompt_match import prompt_match
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import diffusion, latents
 from sora_jax.tasks.datasets import open_dataset
-from sora_jax.tasks.task import Task
 from sora_jax.weights.vae_files import FrozenVAE, load_vae
 
 
-def evaluate_and_write(config: RunConfig, task: Task, params, step: int, workdir: str) -> dict:
+def evaluate_and_write(config: RunConfig, params, step: int, workdir: str) -> dict:
     """All figures of a checkpoint, appended to WORKDIR/eval.jsonl and TensorBoard."""
     start = time.monotonic()
-    results = evaluate(config, task, params, step, workdir)
+    results = EVALUATORS[config.task](config, params, workdir)
     results["eval_seconds"] = round(time.monotonic() - start, 1)
     writer = metrics.MetricWriter(workdir, kind="eval")
     writer.write(step, results)
@@ -31,11 +30,6 @@ def evaluate_and_write(config: RunConfig, task: Task, params, step: int, workdir
     shown = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
     print(f"evaluation of step {step}: {shown}", flush=True)
     return results
-
-
-def evaluate(config: RunConfig, task: Task, params, step: int, workdir: str) -> dict[str, float]:
-    """The figures of a checkpoint of this task."""
-    return EVALUATORS[config.task](config, params, workdir)
 
 
 def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, float]:
