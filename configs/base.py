@@ -13,7 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "diffusion"  # diffusion | vae
     config.seed = 0
-    config.num_steps = 2000
+    config.num_steps = 1250
     config.log_every_steps = 20
 
     config.data = ConfigDict({
@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "folder": "",  # of video_folder: a directory of clips with captions
         "data_dir": "",  # where prepared datasets are kept; "" = WORKDIR/data
         "seed": 0,
-        "num_train_clips": 6000,
+        "num_train_clips": 4000,
         "num_held_out_clips": 256,
         "shapes": {
             # (height, width, weight): 32 to 96 pixels, landscape, portrait and square
@@ -61,9 +61,9 @@ def get_config(arg: str = "") -> ConfigDict:
     })
 
     config.packing = ConfigDict({
-        "rows": 16,  # B, of the global batch
+        "rows": 8,  # B, of the global batch
         "row_tokens": 256,  # N, video tokens of a row
-        "row_text": 512,  # M, text tokens of a row
+        "row_text": 448,  # M, text tokens of a row
         "max_clips": 16,  # S, clips of a row
         "caption_tokens": None,  # longest caption; None = row_text
         "caption_drop": 0.1,  # share of clips trained without caption, for guidance
@@ -73,9 +73,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.model = ConfigDict({
         "patch": (1, 2, 2),  # latents per token: time, height, width
-        "width": 256,
+        "width": 192,
         "num_layers": 6,
-        "num_heads": 4,
+        "num_heads": 3,
         "mlp_ratio": 4.0,
         "rope_theta": 100.0,
         "num_position_frequencies": 4,
@@ -92,7 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.diffusion = ConfigDict({
         "time_mean": 0.0,  # of the logit-normal times
         "time_std": 1.0,
-        "base_shift": 1.5,  # of the times of a clip of base_tokens tokens
+        "base_shift": 2.0,  # of the times of a clip of base_tokens tokens
         "base_tokens": 40.0,
     })
 
@@ -129,8 +129,8 @@ def get_config(arg: str = "") -> ConfigDict:
     })
 
     config.optim = ConfigDict({
-        "learning_rate": 1e-3,
-        "warmup_steps": 100,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
         "decay": "cosine",
         "final_lr_fraction": 0.02,
         "decay_fraction": 0.2,
@@ -139,19 +139,19 @@ def get_config(arg: str = "") -> ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.01,
         "clip_norm": 1.0,
-        "ema_decay": 0.998,
+        "ema_decay": 0.995,
     })
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1 takes the devices that are left
     config.checkpoint = ConfigDict({
-        "every_steps": 500,
+        "every_steps": 250,
         "keep": 2,
         "resume_from": "",  # another workdir to continue
         "init_from": "",  # a workdir whose weights to start from
     })
     config.sampling = ConfigDict({
-        "every_steps": 1000,
-        "first_step": 100,  # an early sheet; 0 = none
+        "every_steps": 400,
+        "first_step": 20,  # an early sheet; 0 = none
         "num_clips": 16,
         "num_steps": 32,
         "guidance": 3.0,
