@@ -19,13 +19,19 @@ def get_config(arg: str = ""):
     config.data.dataset = "video_folder"
     config.data.max_frames = 17
     config.data.max_windows = 4
-    config.data.max_pixels = 96 * 96
+    config.data.max_pixels = 64 * 96
     config.data.fps = 8.0
+    config.packing.row_tokens = 1024
+    config.packing.row_text = 2048
+    config.packing.caption_tokens = 448
+    config.packing.rows = 2
+    config.diffusion.base_tokens = 120.0
     if arg == "runlocal":
         config.data.max_frames = 9
         config.data.max_windows = 2
         config.data.max_pixels = 48 * 48
-        config.packing.row_text = 640
+        config.packing.row_tokens = 256
+        config.packing.row_text = 1024
         return config
-    config.num_steps = 1000
+    config.num_steps = 500
     return config

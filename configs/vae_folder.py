@@ -15,20 +15,20 @@ def get_config(arg: str = ""):
     """configs/vae.py on a folder. arg "runlocal" shrinks everything to a trial."""
     config = VAE["get_config"](arg)
     config.data.dataset = "video_folder"
-    config.data.max_pixels = 96 * 96
+    config.data.max_pixels = 64 * 96
     config.data.fps = 8.0
     config.pixels.target_fps = 8.0
     config.pixels.resize_share = 1.0  # filmed clips are large: see them whole as well as close
     if arg == "runlocal":
         config.data.max_frames = 9
         return config
-    config.num_steps = 600
+    config.num_steps = 300
     config.pixels.sizes = (
         {"frames": 1, "height": 64, "width": 64, "weight": 0.3, "batch": 16},
         {"frames": 9, "height": 64, "width": 64, "weight": 0.4, "batch": 4},
         {"frames": 17, "height": 64, "width": 64, "weight": 0.3, "batch": 2},
     )
     config.optim.warmup_steps = 50
-    config.sampling.every_steps = 300
+    config.sampling.every_steps = 150
     config.evaluation.num_vae_clips = 16
     return config

@@ -10,7 +10,7 @@ import numpy as np
 from sora_jax import metrics
 from sora_jax.core.rng import stream
 from sora_jax.data import pipeline
-from sora_jax.data.clip_plan import clip_plan, decode_clip
+from sora_jax.data.clip_plan import clip_plan
 from sora_jax.evaluation.pixel_metrics import psnr, ssim
 from sora_jax.evaluation.prompt_match import prompt_match
 from sora_jax.run_config import RunConfig
@@ -78,16 +78,18 @@ def vae_reconstruction(config: RunConfig, vae: FrozenVAE, workdir: str) -> dict[
     plan = clip_plan(
         source, latents.clip_options(config), vae.compression, config.model.patch
     )
+    batches = latents.encoding_batches(
+        plan[: config.evaluation.num_vae_clips], config.data.max_frames,
+        config.latents.batch_pixels,
+    )
     psnrs, ssims = [], []
-    plan = sorted(plan[: config.evaluation.num_vae_clips], key=lambda item: item.spec)
-    for item in plan:
-        record = source[item.record]
-        pixels_THWC = decode_clip(
-            record.video_bytes, item.window, item.spec.height, item.spec.width, record.id
-        )
-        again = np.asarray(vae.decode_normalized(vae.encode_normalized(pixels_THWC[None])))[0]
-        psnrs.append(psnr(pixels_THWC, again))
-        ssims.append(ssim(pixels_THWC, again))
+    for batch, clips in latents.decoded_ahead(source, batches):
+        pixels = [pixels_THWC for *_, pixels_THWC in clips if pixels_THWC is not None]
+        if not pixels:
+            continue
+        again = latents.decode(vae, latents.encode(vae, pixels, batch))
+        psnrs += [psnr(one, other) for one, other in zip(pixels, again, strict=True)]
+        ssims += [ssim(one, other) for one, other in zip(pixels, again, strict=True)]
     return {"vae_psnr": float(np.mean(psnrs)), "vae_ssim": float(np.mean(ssims))}
 
 

@@ -21,6 +21,7 @@ from sora_jax.weights.vae_files import FrozenVAE
 MAX_UNREADABLE_SHARE = 0.05
 DECODE_THREADS = 2
 MAX_ROWS = 64  # clips encoded at once
+DECODE_ROWS = 4  # clips decoded at once
 _BATCHES_AHEAD = 4
 
 
@@ -39,7 +40,8 @@ def open_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) ->
     Raises UserError where it is missing (and may not be built), stale or damaged.
     """
     directory = latents_directory(config, workdir) / split
-    if config.latents.build_if_missing and not directory.is_dir():
+    missing = not directory.is_dir()
+    if config.latents.rebuild or (config.latents.build_if_missing and missing):
         return build_latents(config, workdir, vae, split)
     key = cache_key(config, open_dataset(config.data, workdir, split), vae)
     return open_cache(directory, key)
@@ -169,3 +171,24 @@ def encode(vae: FrozenVAE, clips: list[np.ndarray], batch: EncodingBatch) -> lis
         latents_BTHWC[row, : 1 + (len(pixels_THWC) - 1) // step]
         for row, pixels_THWC in enumerate(clips)
     ]
+
+
+def decode(vae: FrozenVAE, latents: list[np.ndarray]) -> list[np.ndarray]:
+    """uint8 pixels THWC of latents THWC of any sizes; one program per height and width.
+
+    Latents are padded in time to the longest of the list and cut after, as in `encode`.
+    """
+    longest = max(len(latents_THWC) for latents_THWC in latents)
+    pixels = [None] * len(latents)
+    for side in sorted({latents_THWC.shape[1:] for latents_THWC in latents}):
+        mine = [i for i, latents_THWC in enumerate(latents) if latents_THWC.shape[1:] == side]
+        for first in range(0, len(mine), DECODE_ROWS):
+            part = mine[first : first + DECODE_ROWS]
+            latents_BTHWC = np.zeros((DECODE_ROWS, longest, *side), np.float32)
+            for row, i in enumerate(part):
+                latents_BTHWC[row, : len(latents[i])] = latents[i]
+            pixels_BTHWC = np.asarray(vae.decode_normalized(latents_BTHWC))
+            for row, i in enumerate(part):
+                frames = 1 + (len(latents[i]) - 1) * vae.compression.time
+                pixels[i] = pixels_BTHWC[row, :frames]
+    return pixels

@@ -14,9 +14,8 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.diffusion import guidance, process, samplers, times
 from sora_jax.models.dit import DiT, by_segment
 from sora_jax.run_config import DiffusionConfig
+from sora_jax.tasks.latents import decode
 from sora_jax.weights.vae_files import FrozenVAE
-
-_DECODE_ROWS = 4  # clips decoded at once: one program for every size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +50,7 @@ class Sampler:
         patch = self.model.config.patch
         for request in requests:
             self.vae.compression.check(request.spec, patch=max(patch[1:]))
-        latents = self._latents(params, requests)
-        pixels = [None] * len(requests)
-        for spec in {request.spec for request in requests}:
-            mine = [i for i, request in enumerate(requests) if request.spec == spec]
-            for first in range(0, len(mine), _DECODE_ROWS):
-                part = mine[first : first + _DECODE_ROWS]
-                rows = np.zeros((_DECODE_ROWS, *latents[part[0]].shape), np.float32)
-                rows[: len(part)] = [latents[i] for i in part]
-                for i, clip in zip(part, np.asarray(self.vae.decode_normalized(rows)),
-                                   strict=False):
-                    pixels[i] = clip
-        return pixels
+        return decode(self.vae, self._latents(params, requests))
 
     def _latents(self, params, requests):
         """latents_THWC of every request."""
