@@ -13,7 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "diffusion"  # diffusion | vae
     config.seed = 0
-    config.num_steps = 1250
+    config.num_steps = 1100
     config.log_every_steps = 20
 
     config.data = ConfigDict({
@@ -92,7 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.diffusion = ConfigDict({
         "time_mean": 0.0,  # of the logit-normal times
         "time_std": 1.0,
-        "base_shift": 2.0,  # of the times of a clip of base_tokens tokens
+        "base_shift": 3.0,  # of the times of a clip of base_tokens tokens
         "base_tokens": 40.0,
     })
 
@@ -129,7 +129,8 @@ def get_config(arg: str = "") -> ConfigDict:
     })
 
     config.optim = ConfigDict({
-        "learning_rate": 2e-3,
+        "optimizer": "muon",  # adamw | muon
+        "learning_rate": 2.5e-3,
         "warmup_steps": 50,
         "decay": "cosine",
         "final_lr_fraction": 0.02,

@@ -37,6 +37,7 @@ def get_config(arg: str = ""):
         {"frames": 17, "height": 48, "width": 48, "weight": 0.2, "batch": 4},
         {"frames": 17, "height": 64, "width": 64, "weight": 0.2, "batch": 2},
     )
+    config.optim.optimizer = "adamw"
     config.optim.learning_rate = 5e-4
     config.optim.b2 = 0.99
     config.optim.weight_decay = 1e-4

@@ -4,10 +4,12 @@ import dataclasses
 import re
 
 import optax
+from optax import contrib
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import map_with_name
 
+OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 # Weight decay pulls towards zero what multiplies activations, and nothing else. Stacked layers
@@ -15,10 +17,16 @@ DECAYS = ("cosine", "linear", "constant", "warmup_stable_decay")
 NOT_DECAYED = re.compile(r"norm|embedding|position|table|(^|/)(bias|scale|gamma|beta)(/|$)")
 
 
+# Matrices inside the stacked layers of the transformer; modulation and embeddings are AdamW's.
+MUON_MATRICES = re.compile(r"blocks/.*(qkv|out|cross_q|cross_kv|mlp_in|mlp_out)/kernel")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
+    optimizer: "adamw", or "muon" for the matrices of hidden layers (see MUON_MATRICES) and AdamW
+      for the rest, with updates of the same size, so that both take the same learning rate.
     learning_rate: the peak, reached after `warmup` steps and left at once, or under
       "warmup_stable_decay" kept until the last `decay_fraction` of the run.
     final_lr_fraction: the last step's rate over the peak (ignored by "constant").
@@ -27,6 +35,7 @@ class OptimConfig:
     ema_decay: of the averaged weights, see train_state.ema_decay_at; 0 averages nothing.
     """
 
+    optimizer: str = "adamw"
     learning_rate: float = 3e-4
     warmup_steps: int = 100
     decay: str = "cosine"
@@ -40,6 +49,10 @@ class OptimConfig:
     ema_decay: float = 0.999
 
     def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(
+                f"optim.optimizer = {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"
+            )
         if self.decay not in DECAYS:
             raise UserError(f"optim.decay = {self.decay!r} is not one of {', '.join(DECAYS)}")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
@@ -100,16 +113,36 @@ def decay_mask(params):
     )
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, Adam, decoupled weight decay and the learning rate, in this order.
+def muon_dimensions(params):
+    """How Muon reads each parameter: (layers, in, out) kernels as a stack of matrices; None for
+    what AdamW takes."""
+    return map_with_name(
+        lambda name, leaf: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+        if MUON_MATRICES.search(name) and leaf.ndim >= 2 else None,
+        params,
+    )
 
-    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2.
+
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping, AdamW or Muon, decoupled weight decay and the learning rate, in this order.
+
+    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Muon:
+    Jordan et al. 2024, with the update size of Liu et al. 2025, arXiv 2502.16982, section 2.2.
     """
-    parts = [
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
-    ]
+    schedule = learning_rate_schedule(config, num_steps)
+    if config.optimizer == "muon":
+        parts = [contrib.muon(
+            schedule, weight_decay=config.weight_decay, weight_decay_mask=decay_mask,
+            adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, consistent_rms=0.2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )]
+    else:
+        parts = [
+            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+            optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+            optax.scale_by_learning_rate(schedule),
+        ]
     if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     return optax.chain(*parts)

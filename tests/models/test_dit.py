@@ -1,6 +1,7 @@
 """The DiT on packed rows: clips never see each other, and packing changes nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ def packed(clips, packing=PACKING):
 def model_and_params():
     """A model whose every weight is random: at initialisation a DiT outputs zeros."""
     model = DiT(CONFIG, token_width=int(np.prod(PATCH)) * CHANNELS)
-    params = unbox(model.init(jax.random.key(0), packed([clip(0)]), jnp.zeros((1, 4)))["params"])
+    params = jax.jit(model.init)(jax.random.key(0), packed([clip(0)]), jnp.zeros((1, 4)))
+    params = unbox(params["params"])
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [
@@ -50,13 +52,18 @@ def model_and_params():
     return model, jax.tree.unflatten(structure, leaves)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, batch, time_BS):
+    return model.apply({"params": params}, batch, time_BS)
+
+
 def run(model_and_params, batch, times, **changes):
     model, params = model_and_params
     if changes:
         model = DiT(dataclasses.replace(CONFIG, **changes), model.token_width)
     time_BS = np.zeros((1, batch["clip_BSF"].shape[1]), np.float32)
     time_BS[0, : len(times)] = times
-    return model.apply({"params": params}, batch, time_BS)[0]
+    return apply(model, params, batch, time_BS)[0]
 
 
 def test_a_clip_has_exactly_zero_gradient_to_its_neighbours(model_and_params):
@@ -110,7 +117,7 @@ def test_a_row_of_padding_gives_finite_output_and_gradient(model_and_params):
     batch = empty_rows(1, PACKING, PATCH, CHANNELS)
 
     def total(params):
-        return jnp.sum(model.apply({"params": params}, batch, jnp.zeros((1, 4))) ** 2)
+        return jnp.sum(apply(model, params, batch, jnp.zeros((1, 4))) ** 2)
 
     value, gradient = jax.value_and_grad(total)(params)
     assert np.isfinite(value)
@@ -126,7 +133,7 @@ def test_remat_and_unrolling_change_no_value_and_no_gradient(model_and_params, c
         here = DiT(dataclasses.replace(CONFIG, **changes), model.token_width)
         time_BS = jnp.full((1, 4), 0.5)
         return jax.value_and_grad(
-            lambda p: jnp.sum(here.apply({"params": p}, batch, time_BS) ** 2)
+            lambda p: jnp.sum(apply(here, p, batch, time_BS) ** 2)
         )(params)
 
     plain_value, plain = value_and_gradient()
@@ -139,8 +146,8 @@ def test_remat_and_unrolling_change_no_value_and_no_gradient(model_and_params, c
 def test_an_untrained_network_predicts_zero():
     model = DiT(CONFIG, token_width=12)
     batch = packed([clip(0)])
-    params = unbox(model.init(jax.random.key(0), batch, jnp.zeros((1, 4)))["params"])
-    assert np.all(model.apply({"params": params}, batch, jnp.full((1, 4), 0.5)) == 0)
+    params = unbox(jax.jit(model.init)(jax.random.key(0), batch, jnp.zeros((1, 4)))["params"])
+    assert np.all(apply(model, params, batch, jnp.full((1, 4), 0.5)) == 0)
 
 
 @pytest.mark.parametrize("changes", [{"width": 25}, {"remat": "sometimes"}])

@@ -1,0 +1,112 @@
+"""VAE files: what is written comes back, and what does not fit is named."""
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from sora_jax.core.errors import UserError
+from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
+from sora_jax.weights import vae_files
+from sora_jax.weights.vae_files import flatten, load_vae, save_vae
+
+CONFIG = VideoVAEConfig(
+    encoder_dims=(8, 16), decoder_dims=(8, 16), z_dim=4, temporal_downsample=(True,),
+    num_res_blocks=1, num_mid_blocks=1,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    init = jax.jit(VideoVAE(CONFIG).init)(jax.random.key(0), np.zeros((1, 3, 8, 8, 3), np.float32))
+    return nn.unbox(init)["params"]
+
+
+def written(tmp_path, params, **changes):
+    path = tmp_path / "vae.safetensors"
+    save_vae(path, CONFIG, params, np.zeros(4), np.ones(4), {"seed": 3}, **changes)
+    return path
+
+
+def test_float32_weights_come_back_bit_for_bit_with_their_card(tmp_path, params):
+    vae = load_vae(written(tmp_path, params, channel_std_C=np.array([1.5, 1.0, 0.5, 0.5])))
+    again = flatten(vae.params)
+    for name, leaf in flatten(params).items():
+        np.testing.assert_array_equal(again[name], leaf)
+    assert vae.config == CONFIG and vae.card["seed"] == 3
+    assert vae.channel_std == (1.5, 1.0, 0.5, 0.5)
+
+
+def test_int8_kernels_move_by_at_most_half_a_step_and_take_a_quarter(tmp_path, params):
+    whole = written(tmp_path, params).stat().st_size
+    path = written(tmp_path, params, dtype=np.int8)
+    assert path.stat().st_size < 0.6 * whole
+    again, quantized = flatten(load_vae(path).params), 0
+    for name, leaf in flatten(params).items():
+        leaf = np.asarray(leaf)
+        if leaf.ndim >= 2 and leaf.size >= vae_files.MIN_QUANTIZED:
+            quantized += 1
+            step = np.abs(leaf).max(axis=tuple(range(leaf.ndim - 1))) / 127
+            assert np.all(np.abs(again[name] - leaf) <= 0.51 * step + 127 * 1e-3 * step)
+        else:
+            np.testing.assert_allclose(again[name], leaf, rtol=1e-3, atol=1e-6)
+    assert quantized
+
+
+def test_normalised_latents_have_the_std_the_card_gives_and_decode_back(tmp_path, params):
+    std, channel_std = np.array([2.0, 1.0, 3.0, 1.0]), np.array([1.5, 1.0, 0.5, 0.5])
+    path = tmp_path / "vae.safetensors"
+    save_vae(path, CONFIG, params, np.ones(4), std, {}, channel_std_C=channel_std)
+    vae = load_vae(path)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 8, 8, 3), dtype=np.uint8)
+    apply = jax.jit(VideoVAE(CONFIG).apply, static_argnames="method")
+    mean, _ = apply({"params": params}, vae_files.to_float(pixels), method="encode")
+    latents = vae.encode_normalized(pixels)
+    np.testing.assert_allclose(latents, (mean - 1) / std * channel_std, rtol=2e-4, atol=1e-5)
+    decoded = apply({"params": params}, mean, method="decode")
+    difference = np.abs(
+        vae.decode_normalized(latents).astype(int) - vae_files.to_uint8(decoded).astype(int)
+    )
+    assert difference.max() <= 1
+
+
+def edit(path, change):
+    card = json.loads(path.with_suffix(".json").read_text())
+    change(card)
+    path.with_suffix(".json").write_text(json.dumps(card))
+
+
+MISTAKES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "other weights": lambda path: edit(path, lambda card: card.update(sha256="0" * 64)),
+    "channels": lambda path: edit(path, lambda card: card.update(latent_std=[1.0])),
+    "no std": lambda path: edit(path, lambda card: card.update(latent_std=[1.0, 1.0, 0.0, 1.0])),
+    "other dims": lambda path: edit(path, lambda card: card["config"].update(z_dim=6)),
+    "unknown option": lambda path: edit(path, lambda card: card["config"].update(zdim=6)),
+    "no card": lambda path: path.with_suffix(".json").unlink(),
+    "no weights": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_files_that_do_not_fit_are_one_line(name, tmp_path, params):
+    path = written(tmp_path, params)
+    MISTAKES[name](path)
+    with pytest.raises(UserError) as caught:
+        load_vae(path)
+    assert "vae" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_shipped_vae_is_small_and_reconstructs_its_world():
+    from sora_jax.data.moving_shapes.world import ShapesSpec, generate
+    from sora_jax.evaluation.pixel_metrics import psnr
+
+    path = vae_files._weights_path("builtin:moving_shapes")
+    assert path.stat().st_size <= 2_000_000
+    vae = load_vae("builtin:moving_shapes")
+    spec = ShapesSpec(split="held_out", sizes=((48, 48, 1.0),), frames=((17, 1.0),))
+    clips = np.stack([generate(5, index, spec).pixels_THWC for index in range(4)])
+    again = np.asarray(vae.decode_normalized(vae.encode_normalized(clips)))
+    assert np.mean([psnr(a, b) for a, b in zip(clips, again, strict=True)]) > 28
