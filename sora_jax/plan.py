@@ -8,12 +8,11 @@ from sora_jax import optim, sharding
 from sora_jax.core.tree import named_leaves, num_bytes
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import registry
+from sora_jax.train_step import make_step, state_functions
 
 
 def show(config: RunConfig, workdir: str) -> dict:
     """Compiles the train step for the mesh and prints parameters, bytes and FLOPs per step."""
-    from sora_jax.train import make_step, state_functions
-
     mesh = sharding.make_mesh(config.mesh)
     tx = optim.make_optimizer(config.optim, config.num_steps)
     task, batch = registry.outline(config)

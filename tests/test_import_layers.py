@@ -28,6 +28,7 @@ LAYERS = {
     "weights": 2,
     "tasks": 3,
     "evaluation": 4,
+    "train_step": 4,
     "runtime": 5,
     "plan": 5,
     "eval_job": 5,

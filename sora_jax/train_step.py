@@ -1,0 +1,41 @@
+"""The compiled train step: loss of a task, gradient, optimizer, all on the mesh."""
+
+import jax
+
+from sora_jax import sharding, train_state
+from sora_jax.core.rng import stream
+from sora_jax.tasks.task import Task
+
+
+def state_functions(config, task: Task, tx, mesh):
+    """(create, abstract state, shardings): create() makes the sharded state of step 0."""
+    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    param_shardings = sharding.param_shardings(boxed, mesh)
+
+    def create():
+        params = sharding.unbox(task.init(stream(config.seed, "init")))
+        return train_state.create(params, tx)
+
+    abstract = jax.eval_shape(create)
+    shardings = sharding.state_shardings(abstract, param_shardings, mesh)
+    return jax.jit(create, out_shardings=shardings), abstract, shardings
+
+
+def make_step(config, task: Task, tx, mesh, shardings):
+    """(state, batch) -> (state, scalars), compiled; the state's buffers are reused."""
+
+    def step(state, batch):
+        key = stream(config.seed, "train", state.step)
+        (loss, scalars), grads = jax.value_and_grad(task.loss, has_aux=True)(
+            state.params, batch, key
+        )
+        state, update = train_state.apply_gradients(
+            state, grads, tx, config.optim.ema_decay, loss
+        )
+        return state, {"loss": loss, **scalars, **update}
+
+    rows = sharding.batch_sharding(mesh)
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(shardings, rows),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
