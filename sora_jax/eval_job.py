@@ -19,7 +19,7 @@ def follow(config: RunConfig, workdir: str, wait_seconds: float = 600.0) -> None
     done = {row["step"] for row in metrics.read_json_lines(f"{workdir}/eval.jsonl")}
     deadline = time.monotonic() + wait_seconds
     with checkpoint.Checkpointer(workdir, config.checkpoint, read_only=True) as checkpoints:
-        while config.num_steps not in done:
+        while True:
             new = [step for step in checkpoints.steps() if step not in done]
             for step in new:
                 try:
@@ -31,6 +31,8 @@ def follow(config: RunConfig, workdir: str, wait_seconds: float = 600.0) -> None
                 done.add(step)
                 deadline = time.monotonic() + wait_seconds
             if not new:
+                if config.num_steps in done:
+                    break
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"no new checkpoint in {workdir} for {wait_seconds:.0f} s and none of "

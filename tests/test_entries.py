@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -96,6 +98,54 @@ def test_several_prompts_write_numbered_clips_and_a_sheet(run, tmp_path):
          "--frames=1", "--steps=1", "--guidance=1", f"--out={tmp_path / 'x.png'}")
     names = sorted(path.name for path in tmp_path.glob("x_*"))
     assert names == ["x_00.png", "x_01.png", "x_sheet.png"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A user's folder: drawn clips as MP4 with captions in metadata.csv, and a broken file."""
+    from sora_jax.data.encode import write_mp4
+    from sora_jax.data.moving_shapes.world import ShapesSpec, generate
+
+    directory = tmp_path_factory.mktemp("clips")
+    spec = ShapesSpec(sizes=((64, 96, 0.5), (96, 64, 0.5)), frames=((17, 1.0),))
+    rows = ["file_name,caption"]
+    for index in range(12):
+        clip = generate(1, index, spec)
+        write_mp4(directory / f"{index}.mp4", clip.pixels_THWC, 8.0)
+        rows.append(f'{index}.mp4,"{clip.short_caption}"')
+    (directory / "broken.mp4").write_bytes(b"no video")
+    (directory / "metadata.csv").write_text("\n".join([*rows, "broken.mp4,nothing"]) + "\n")
+    return directory
+
+
+def readme_commands() -> list[str]:
+    """The commands of the README after the installation, without the prompt for a virtualenv."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [line for line in lines if line.startswith("python -m sora_jax")]
+
+
+def test_every_command_of_the_readme_runs(run, folder, tmp_path):
+    commands = readme_commands()
+    assert {"sample", "vae_folder", "folder", "eval"} <= {
+        word for command in commands
+        for word in re.findall(r"sora_jax\.(sample)|configs/(\w+)\.py|--mode=(\w+)", command)
+        for word in word
+    }
+    for command in commands:
+        command = re.sub(r"(configs/\w+\.py)", r"\1:runlocal", command)
+        command = command.replace("runs/base", str(run)).replace("=DIR", f"={folder}")
+        command = command.replace("runs/vae_folder", f"{tmp_path}/vae_folder")
+        words = [word.replace("x.mp4", str(tmp_path / "x.mp4")) for word in shlex.split(command)]
+        if "--workdir" not in command:
+            name = re.search(r"configs/(\w+)\.py", command)[1]
+            words += [f"--workdir={tmp_path / name}", "--config.num_steps=8",
+                      "--config.optim.warmup_steps=2"]
+        call(*words[2:])
+    assert frames(tmp_path / "x.mp4").shape == (17, 64, 96, 3)
+    report = next((tmp_path / "folder" / "data").rglob("report.txt")).read_text()
+    assert "broken.mp4" in report
+    assert (tmp_path / "folder" / "eval.jsonl").exists()
+    assert list((tmp_path / "folder" / "samples").glob("*.mp4"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
