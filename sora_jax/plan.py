@@ -11,7 +11,7 @@ from sora_jax.tasks import registry
 from sora_jax.train_step import make_step, state_functions
 
 
-def show(config: RunConfig, workdir: str) -> dict:
+def show(config: RunConfig) -> dict[str, float]:
     """Compiles the train step for the mesh and prints parameters, bytes and FLOPs per step."""
     mesh = sharding.make_mesh(config.mesh)
     tx = optim.make_optimizer(config.optim, config.num_steps)

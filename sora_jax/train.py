@@ -36,7 +36,8 @@ def main(_):
     config = run_config.resolve(_CONFIG.value)
     workdir = _WORKDIR.value or default_workdir()
     if _MODE.value == "plan":
-        return plan.show(config, workdir)
+        plan.show(config)
+        return None
     if _MODE.value == "encode":
         return encode_mode.encode(config, workdir)
     run_config.claim_workdir(config, workdir)
