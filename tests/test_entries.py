@@ -187,7 +187,7 @@ def test_a_workdir_of_another_config_is_refused_by_field(run):
     process = call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}",
                    "--config.model.width=32", check=False)
     assert process.returncode == 2
-    assert "model.width is 64 there and 32 now" in process.stderr
+    assert "model.width is 64 there and 32 here" in process.stderr
 
 
 def test_a_stale_latent_cache_is_refused_by_name(run, tmp_path):
