@@ -1,4 +1,4 @@
-"""Fills a planned row: clips of latents become the packed arrays of DESIGN section 3, and back."""
+"""Fills a planned row: clips of latents become the arrays of a packed batch, and back."""
 
 import dataclasses
 

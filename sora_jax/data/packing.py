@@ -16,7 +16,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.core.rng import numpy_stream
 
 MAX_CLIPS = 64
-OPEN_ROWS = 64  # rows of a window that may still grow; DESIGN section 4: 64-128 suffice
+OPEN_ROWS = 64  # rows of a window that may still grow
 MIN_BLOCK_CLIPS = 8192
 MIN_BLOCK_STEPS = 16
 LOOSE_SHARE = 0.97  # a row less full than this is packed again together with other windows' rows
