@@ -132,17 +132,14 @@ def test_muon_makes_every_direction_of_a_hidden_matrix_move_alike_and_leaves_the
     rng = np.random.default_rng(0)
     scale = np.geomspace(1.0, 20.0, 6)  # directions of very different gradients
     grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * scale), params)
-    updates = {}
-    for name in ("adamw", "muon"):
-        config = OptimConfig(optimizer=name, learning_rate=1.0, warmup_steps=0, clip_norm=0.0)
-        tx = make_optimizer(config, 10)
-        updates[name], _ = tx.update(grads, tx.init(params), params)
+    config = OptimConfig(optimizer="muon", learning_rate=1.0, warmup_steps=0, clip_norm=0.0)
+    tx = make_optimizer(config, 10)
+    updates, _ = tx.update(grads, tx.init(params), params)
     for layer in range(2):
-        values = np.linalg.svd(updates["muon"]["blocks"]["qkv"]["kernel"][layer])[1]
+        values = np.linalg.svd(updates["blocks"]["qkv"]["kernel"][layer])[1]
         raw = np.linalg.svd(grads["blocks"]["qkv"]["kernel"][layer])[1]
         assert raw.max() / raw.min() > 10
         assert values.max() / values.min() < 2
-    np.testing.assert_allclose(
-        updates["muon"]["blocks"]["qkv"]["bias"], updates["adamw"]["blocks"]["qkv"]["bias"],
-        rtol=1e-4,
-    )
+    bias = updates["blocks"]["qkv"]["bias"]  # Adam's first step has one size for every entry
+    np.testing.assert_allclose(np.abs(bias), np.abs(bias).max(), rtol=1e-4)
+    assert np.all(np.sign(bias) == -np.sign(grads["blocks"]["qkv"]["bias"]))
