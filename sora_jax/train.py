@@ -95,16 +95,19 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
 
 
 def finish(config, task: Task, state, workdir: str) -> None:
-    """Samples, figures and files of the last step, where an earlier start has not made them."""
+    """Files of the task, and samples and figures of the last step where they are missing.
+
+    An evaluation job may have written the figures already; the task's files do not wait on that.
+    """
     step = int(state.step)
-    done = {row["step"] for row in metrics.read_json_lines(f"{workdir}/eval.jsonl")}
-    if step in done:
-        return
-    if config.sampling.num_clips:
-        print(f"samples: {task.sample(state.ema_params, step, workdir)[-1]}", flush=True)
     for path in task.finish(state.ema_params, step, workdir):
         print(f"wrote {path}")
-    evaluators.evaluate_and_write(config, state.ema_params, step, workdir)
+    done = {row["step"] for row in metrics.read_json_lines(f"{workdir}/eval.jsonl")}
+    sheet = pathlib.Path(workdir) / "samples" / f"step_{step:07d}.png"
+    if config.sampling.num_clips and not sheet.exists():
+        print(f"samples: {task.sample(state.ema_params, step, workdir)[-1]}", flush=True)
+    if step not in done:
+        evaluators.evaluate_and_write(config, state.ema_params, step, workdir)
 
 
 def log(fetched, writer, progress) -> None:

@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from sora_jax.core.config import from_mapping
+from sora_jax.core.disk import write_whole
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import Compression
 from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
@@ -147,8 +148,8 @@ def save_vae(path, config: VideoVAEConfig, params, latent_mean_C, latent_std_C,
             round(float(x), 6) for x in channel_std_C],
         **provenance,
     }
-    _write_whole(path, content)
-    _write_whole(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    write_whole(path, content)
+    write_whole(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
     return sha256
 
 
@@ -173,15 +174,6 @@ def dequantize(flat: dict) -> dict:
         name: leaf.astype(np.float32) * flat.get(name + SCALE, np.float32(1)).astype(np.float32)
         for name, leaf in flat.items() if not name.endswith(SCALE)
     }
-
-
-def _write_whole(path, content: bytes):
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_vae(name: str | os.PathLike) -> FrozenVAE:
