@@ -86,6 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "remat": "none",  # none | dots | full
         "unroll": 6,  # layers of the scan written out; 1 = smallest program
         "compute_dtype": "float32",
+        "product_dtype": "bfloat16",  # operands of matrix products; sums are float32
         "text": {
             "width": 128, "num_layers": 1, "num_heads": 2, "mlp_ratio": 4,
             "ngrams": (3, 5, 8), "num_buckets": 2048, "bytes_per_word": 4, "max_words": 128,
@@ -110,8 +111,10 @@ def get_config(arg: str = "") -> ConfigDict:
         "temporal_kernels": (1, 3, 1),
         "latent_temporal_kernel": 3,
         "patch_size": 2,
+        "patch_frames": 1,
         "residual": True,
         "block_shortcut": True,
+        "product_dtype": "float32",
         "in_channels": 3,
         "norm_eps": 1e-6,
     })

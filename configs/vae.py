@@ -17,39 +17,43 @@ def get_config(arg: str = ""):
     """configs/base.py with the VAE as the task. arg "runlocal" shrinks everything to a trial."""
     config = BASE["get_config"](arg)
     config.task = "vae"
-    config.num_steps = 500
-    config.data.num_train_clips = 4000
+    config.num_steps = 7500
+    config.data.num_train_clips = 8000
 
-    config.vae.encoder_dims = (24, 48, 48)
-    config.vae.decoder_dims = (24, 48, 64)
-    config.vae.z_dim = 48
-    config.vae.num_mid_blocks = 1
-    config.vae.temporal_kernels = (1, 3, 1)
-    config.vae.residual = True
+    config.vae.encoder_dims = (320,)
+    config.vae.decoder_dims = (432,)
+    config.vae.temporal_downsample = ()
+    config.vae.temporal_kernels = ()
+    config.vae.patch_size = 8
+    config.vae.patch_frames = 4
+    config.vae.z_dim = 16
+    config.vae.num_res_blocks = 1
+    config.vae.residual = False
     config.vae.block_shortcut = True
+    config.vae.product_dtype = "bfloat16"
     config.vae_loss.reconstruction = "l2"
-    config.vae_loss.kl_weight = 1e-3
-    # Still images are cheap and teach the space part; a step of each size costs 0.1 to 0.5 s.
+    config.vae_loss.kl_weight = 3e-4
     config.pixels.sizes = (
-        {"frames": 1, "height": 48, "width": 48, "weight": 0.15, "batch": 24},
-        {"frames": 9, "height": 32, "width": 32, "weight": 0.2, "batch": 10},
-        {"frames": 17, "height": 32, "width": 48, "weight": 0.2, "batch": 5},
-        {"frames": 17, "height": 48, "width": 48, "weight": 0.2, "batch": 4},
-        {"frames": 17, "height": 64, "width": 64, "weight": 0.2, "batch": 2},
+        {"frames": 1, "height": 48, "width": 48, "weight": 0.1, "batch": 64},
+        {"frames": 17, "height": 32, "width": 32, "weight": 0.4, "batch": 32},
+        {"frames": 17, "height": 48, "width": 48, "weight": 0.35, "batch": 14},
+        {"frames": 17, "height": 64, "width": 64, "weight": 0.15, "batch": 8},
     )
     config.optim.optimizer = "adamw"
-    config.optim.learning_rate = 5e-4
+    config.optim.learning_rate = 1e-3
     config.optim.b2 = 0.99
+    config.optim.warmup_steps = 100
     config.optim.weight_decay = 1e-4
-    config.optim.ema_decay = 0.99
+    config.optim.ema_decay = 0.995
     config.sampling.first_step = 20
-    config.sampling.every_steps = 300
+    config.sampling.every_steps = 1500
     config.sampling.num_clips = 8
     if arg == "runlocal":
         config.num_steps = 20
+        config.optim.warmup_steps = 5
         config.data.num_train_clips = 96
-        config.vae.encoder_dims = (8, 16, 16)
-        config.vae.decoder_dims = (8, 16, 16)
+        config.vae.encoder_dims = (32,)
+        config.vae.decoder_dims = (32,)
         config.pixels.sizes = (
             {"frames": 1, "height": 32, "width": 32, "weight": 0.3, "batch": 8},
             {"frames": 9, "height": 32, "width": 32, "weight": 0.7, "batch": 4},

@@ -12,10 +12,9 @@ EXIT_USER_ERROR = 2
 # Without these a train step on CPU spends a sixth of its time in page faults: big arrays are
 # mapped and returned to the system at every step. glibc reads them only when a process starts.
 _MALLOC = {
-    "glibc.malloc.hugetlb": "1",
     "glibc.malloc.mmap_max": "0",
     "glibc.malloc.trim_threshold": str(2**40),
-    "glibc.malloc.arena_max": "4",
+    "glibc.malloc.arena_max": "1",
 }
 
 

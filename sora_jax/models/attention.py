@@ -1,32 +1,64 @@
 """Attention on packed rows: a token sees the tokens of its own clip and no others."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from sora_jax.models.product import matmul, transposed
 
 MASKED = -1e30  # finite, so that a query without keys gives no NaN
 
 
-def attention(q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM):
+def attention(q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM, dtype: str = "float32"):
     """Softmax attention within segments, (B, N, K, E); zeros where the segment is 0 (padding).
 
     Queries and keys may come from different sequences (cross-attention). Segments 1..S number the
     clips of a row. The mask is exact: weights of other segments are 0, so no gradient crosses.
-    A query whose segment has no keys at all gives zeros.
+    A query whose segment has no keys at all gives zeros. Operands of products are rounded to
+    `dtype`; logits, softmax and sums are float32.
     """
     B, N, K, E = q_BNKE.shape
-    M = k_BMKE.shape[1]
-    # Rows and heads become one batch axis: plain batched products are the fast path on CPU.
-    q_GNE = (q_BNKE * E**-0.5).swapaxes(1, 2).reshape(B * K, N, E)
-    k_GME = k_BMKE.swapaxes(1, 2).reshape(B * K, M, E)
-    v_GME = v_BMKE.swapaxes(1, 2).reshape(B * K, M, E)
     allowed_BNM = (q_segment_BN[:, :, None] == k_segment_BM[:, None]) & (
         q_segment_BN[:, :, None] > 0
     )
-    logits_GNM = jnp.einsum("gne,gme->gnm", q_GNE, k_GME, preferred_element_type=jnp.float32)
-    logits_BKNM = jnp.where(
-        allowed_BNM[:, None], logits_GNM.reshape(B, K, N, M), MASKED
+    # Rows and heads become one batch axis: plain batched products are the fast path on CPU.
+    q_GNE, k_GME, v_GME = (
+        x.astype(jnp.float32).swapaxes(1, 2).reshape(B * K, -1, E)
+        for x in (q_BNKE * E**-0.5, k_BMKE, v_BMKE)
     )
-    weights_GNM = jax.nn.softmax(logits_BKNM).reshape(B * K, N, M).astype(v_BMKE.dtype)
-    out_GNE = jnp.einsum("gnm,gme->gne", weights_GNM, v_GME)
+    out_GNE = _attend(q_GNE, k_GME, v_GME, allowed_BNM, dtype).astype(q_BNKE.dtype)
     out_BNKE = out_GNE.reshape(B, K, N, E).swapaxes(1, 2)
     return out_BNKE * allowed_BNM.any(-1)[..., None, None].astype(out_BNKE.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_GNE, k_GME, v_GME, allowed_BNM, dtype):
+    """Float32 (G, N, E); G = rows * heads, heads innermost."""
+    return _attend_forward(q_GNE, k_GME, v_GME, allowed_BNM, dtype)[0]
+
+
+def _attend_forward(q_GNE, k_GME, v_GME, allowed_BNM, dtype):
+    (G, N, _), (B, _, M) = q_GNE.shape, allowed_BNM.shape
+    q_GNE, k_GME, v_GME = (x.astype(dtype) for x in (q_GNE, k_GME, v_GME))
+    logits_BKNM = matmul(q_GNE, transposed(k_GME)).reshape(B, G // B, N, M)
+    weights_BKNM = jax.nn.softmax(jnp.where(allowed_BNM[:, None], logits_BKNM, MASKED))
+    weights_GNM = weights_BKNM.reshape(G, N, M).astype(dtype)
+    out_GNE = matmul(weights_GNM, v_GME)
+    return out_GNE, (q_GNE, k_GME, v_GME, weights_GNM, out_GNE)
+
+
+def _attend_backward(dtype, kept, gradient_GNE):
+    """Source: FlashAttention, arXiv 2205.14135, appendix B.2, equations for dV, dP, dS."""
+    q_GNE, k_GME, v_GME, weights_GNM, out_GNE = kept
+    along_GN1 = (gradient_GNE * out_GNE).sum(-1, keepdims=True)
+    gradient_GNE = gradient_GNE.astype(dtype)
+    d_v = matmul(transposed(weights_GNM), gradient_GNE)
+    d_weights_GNM = matmul(gradient_GNE, transposed(v_GME))
+    d_logits_GNM = (weights_GNM * (d_weights_GNM - along_GN1)).astype(dtype)
+    d_q = matmul(d_logits_GNM, k_GME)
+    d_k = matmul(transposed(d_logits_GNM), q_GNE)
+    return d_q, d_k, d_v, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sora_jax.models.product import product
+
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -59,10 +61,25 @@ def _space_conv(x_BTHWC, kernel, stride, pad):
     return y.reshape(rows, frames, *y.shape[1:])
 
 
+def gathered_conv(x_BTHWC, kernel, dtype: str):
+    """`causal_conv` with stride 1 as one product of gathered taps, operands rounded to `dtype`."""
+    B, T, H, W, _ = x_BTHWC.shape
+    kt, kh, kw = kernel.shape[:3]
+    padded = jnp.pad(
+        x_BTHWC, ((0, 0), (kt - 1, 0), ((kh - 1) // 2,) * 2, ((kw - 1) // 2,) * 2, (0, 0)))
+    taps_BTHWC = jnp.concatenate([
+        padded[:, t:t + T, h:h + H, w:w + W]
+        for t in range(kt) for h in range(kh) for w in range(kw)], axis=-1)
+    flat = taps_BTHWC.reshape(-1, taps_BTHWC.shape[-1])
+    return product(flat, kernel.reshape(flat.shape[1], -1), dtype).reshape(B, T, H, W, -1)
+
+
 class CausalConv(nn.Module):
     """`causal_conv` with a learned kernel ("kernel") and bias ("bias").
 
-    init_scale: variance of the output at the start, of an input of variance 1.
+    init_scale: variance of the output at the start, of an input of variance 1. product_dtype: taps
+    are gathered into one matrix product with operands of this type (stride 1, padded in time);
+    fast where channels are few or taps are one. None: convolution.
     """
 
     features: int
@@ -73,6 +90,7 @@ class CausalConv(nn.Module):
     pad_time: bool = True
     init_scale: float = 1.0
     bias_init: Callable = nn.initializers.zeros
+    product_dtype: str | None = None
 
     @nn.compact
     def __call__(self, x_BTHWC):
@@ -85,6 +103,9 @@ class CausalConv(nn.Module):
         bias = self.param(
             "bias", nn.with_logical_partitioning(self.bias_init, ("conv_out",)),
             (self.features,))
+        if self.product_dtype:
+            y_BTHWC = gathered_conv(x_BTHWC, kernel, self.product_dtype)
+            return (y_BTHWC + bias).astype(x_BTHWC.dtype)
         y_BTHWC = causal_conv(
             x_BTHWC, kernel, time_stride=self.time_stride, space_stride=self.space_stride,
             space_pad=self.space_pad, pad_time=self.pad_time)

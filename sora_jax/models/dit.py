@@ -7,6 +7,7 @@ Source: DiT (arXiv 2212.09748) for adaLN-zero, NaViT (arXiv 2307.06304) for pack
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ class DiTConfig:
     remat: str
     unroll: int
     compute_dtype: str
+    product_dtype: str  # of the operands of matrix products; sums are float32
     text: TextBytesConfig
 
     def __post_init__(self):
@@ -94,7 +96,8 @@ class DiT(nn.Module):
         place = fractional_features(
             batch["position_BN3"], extent_BN3, config.num_position_frequencies
         )
-        x_BND = Linear(config.width, ("patch", "embed"), name="patch_in")(
+        linear = functools.partial(Linear, product_dtype=config.product_dtype)
+        x_BND = linear(config.width, ("patch", "embed"), name="patch_in")(
             batch["tokens_BND"].astype(dtype)
         ) + Linear(config.width, ("positions", "embed"), name="position_in")(place.astype(dtype))
 
@@ -115,7 +118,7 @@ class DiT(nn.Module):
         head = Linear(2 * config.width, ("embed", "modulation"), init=INIT_ZERO, name="head_mod")
         shift, scale = jnp.split(by_segment(head(nn.silu(cond_BSD)), member_BNS), 2, axis=-1)
         x_BND = modulate(layer_norm(x_BND), shift, scale)
-        out = Linear(self.token_width, ("embed", "patch"), init=INIT_ZERO, name="patch_out")
+        out = linear(self.token_width, ("embed", "patch"), init=INIT_ZERO, name="patch_out")
         return out(x_BND).astype(jnp.float32)
 
     def condition(self, time_BS, clip_BSF, summary_BSD):
@@ -145,29 +148,31 @@ class Block(nn.Module):
         segment_BN, word_segment_BW = segments
         B, N, _ = x_BND.shape
 
-        mod = Linear(6 * width, ("embed", "modulation"), init=INIT_ZERO, name="mod")
+        linear = functools.partial(Linear, product_dtype=config.product_dtype)
+        attend = functools.partial(attention, dtype=config.product_dtype)
+        mod = linear(6 * width, ("embed", "modulation"), init=INIT_ZERO, name="mod")
         mod_BND = by_segment(mod(nn.silu(cond_BSD)), member_BNS)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(mod_BND, 6, axis=-1)
 
         y = modulate(layer_norm(x_BND), shift1, scale1)
-        qkv = Linear(3 * width, ("embed", "heads"), name="qkv")(y)
+        qkv = linear(3 * width, ("embed", "heads"), name="qkv")(y)
         q, k, v = jnp.split(qkv.reshape(B, N, 3 * heads, head_width), 3, axis=2)
         q = rotate(RMSNorm(name="q_norm")(q), angles_BNP)
         k = rotate(RMSNorm(name="k_norm")(k), angles_BNP)
-        y = attention(q, k, v, segment_BN, segment_BN).reshape(B, N, width)
-        x_BND += gate1 * Linear(width, ("heads", "embed"), name="out")(y)
+        y = attend(q, k, v, segment_BN, segment_BN).reshape(B, N, width)
+        x_BND += gate1 * linear(width, ("heads", "embed"), name="out")(y)
 
-        q = Linear(width, ("embed", "heads"), name="cross_q")(layer_norm(x_BND))
-        kv = Linear(2 * width, ("text", "heads"), name="cross_kv")(text_BWD)
+        q = linear(width, ("embed", "heads"), name="cross_q")(layer_norm(x_BND))
+        kv = linear(2 * width, ("text", "heads"), name="cross_kv")(text_BWD)
         k, v = jnp.split(kv.reshape(B, -1, 2 * heads, head_width), 2, axis=2)
         q = RMSNorm(name="cross_q_norm")(q.reshape(B, N, heads, head_width))
         k = RMSNorm(name="cross_k_norm")(k)
-        y = attention(q, k, v, segment_BN, word_segment_BW).reshape(B, N, width)
-        x_BND += Linear(width, ("heads", "embed"), init=INIT_ZERO, name="cross_out")(y)
+        y = attend(q, k, v, segment_BN, word_segment_BW).reshape(B, N, width)
+        x_BND += linear(width, ("heads", "embed"), init=INIT_ZERO, name="cross_out")(y)
 
         y = modulate(layer_norm(x_BND), shift2, scale2)
-        y = Linear(int(width * config.mlp_ratio), ("embed", "mlp"), name="mlp_in")(y)
-        y = Linear(width, ("mlp", "embed"), name="mlp_out")(nn.gelu(y, approximate=True))
+        y = linear(int(width * config.mlp_ratio), ("embed", "mlp"), name="mlp_in")(y)
+        y = linear(width, ("mlp", "embed"), name="mlp_out")(nn.gelu(y, approximate=True))
         return x_BND + gate2 * y, None
 
 

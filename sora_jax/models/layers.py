@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sora_jax.models.product import product
+
 INIT_LINEAR = nn.initializers.xavier_uniform()
 INIT_ZERO = nn.initializers.zeros_init()
 
@@ -21,6 +23,7 @@ class Linear(nn.Module):
     axes: tuple[str, str]
     use_bias: bool = True
     init: nn.initializers.Initializer = INIT_LINEAR
+    product_dtype: str | None = None  # None: that of x
 
     @nn.compact
     def __call__(self, x):
@@ -28,7 +31,8 @@ class Linear(nn.Module):
             "kernel", nn.with_logical_partitioning(self.init, self.axes),
             (x.shape[-1], self.features), jnp.float32,
         )
-        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        y = product(rows, kernel, self.product_dtype or str(x.dtype)).astype(x.dtype)
         if self.use_bias:
             bias = self.param(
                 "bias", nn.with_logical_partitioning(INIT_ZERO, self.axes[1:]),

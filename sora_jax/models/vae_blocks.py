@@ -53,6 +53,7 @@ class ResidualBlock(nn.Module):
     features: int
     kernel_size: tuple[int, int, int]
     eps: float
+    product_dtype: str | None = None
 
     @nn.compact
     def __call__(self, x_BTHWC):
@@ -62,6 +63,7 @@ class ResidualBlock(nn.Module):
         for i in (1, 2):
             x_BTHWC = nn.silu(RMSNorm(self.eps, name=f"norm_{i}")(x_BTHWC))
             x_BTHWC = CausalConv(self.features, self.kernel_size, name=f"conv_{i}",
+                                 product_dtype=self.product_dtype,
                                  init_scale=1.0 if i == 1 else 0.01)(x_BTHWC)
         return shortcut_BTHWC + x_BTHWC
 

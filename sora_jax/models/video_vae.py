@@ -15,6 +15,12 @@ import jax.numpy as jnp
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import Compression, VideoSpec
+from sora_jax.models.block_vae import (
+    BlockDecoder,
+    BlockEncoder,
+    BlocksToLatents,
+    LatentsToBlocks,
+)
 from sora_jax.models.causal_conv import CausalConv
 from sora_jax.models.vae_blocks import (
     Downsample,
@@ -52,6 +58,9 @@ class VideoVAEConfig:
     """Temporal kernel of the convolutions next to the latent."""
     patch_size: int = 1
     """Pixels per side folded into channels before the first convolution."""
+    patch_frames: int = 1
+    """More than 1: the VAE of blocks (block_vae.py), each latent from patch_frames x patch_size x
+    patch_size pixels, with one level."""
     residual: bool = False
     """Whether mean-pool and repeat shortcuts lead around each level as in Wan 2.2; upsampling then
     keeps its channels. Learns much faster from scratch."""
@@ -59,6 +68,8 @@ class VideoVAEConfig:
     """Whether a linear map of each block of pixels (time x space x space of the compression) is
     added to its latent, and one of each latent to its block: principal components are found in
     a few hundred steps, and the network learns what they miss."""
+    product_dtype: str = "float32"
+    """Operands of the matrix products of the VAE of blocks; sums are float32."""
     in_channels: int = 3
     norm_eps: float = 1e-6
     """Added to the mean square in RMS norms; 0 in published weights."""
@@ -87,8 +98,14 @@ class VideoVAEConfig:
             raise UserError(
                 f"vae decoder_dims {self.decoder_dims}: all but the first are halved by "
                 f"upsampling and must be even")
-        if min(*self.encoder_dims, *self.decoder_dims, self.z_dim, self.patch_size) < 1:
-            raise UserError("vae dims, z_dim and patch_size must be positive")
+        if min(*self.encoder_dims, *self.decoder_dims, self.z_dim, self.patch_size,
+               self.patch_frames) < 1:
+            raise UserError("vae dims, z_dim, patch_size and patch_frames must be positive")
+        if self.patch_frames > 1 and (levels > 1 or self.residual):
+            raise UserError(
+                f"vae patch_frames = {self.patch_frames} (a VAE of blocks) takes one level without "
+                f"residual shortcuts, not encoder_dims {self.encoder_dims}, residual "
+                f"{self.residual}")
         if self.residual:
             self._check_shortcuts()
 
@@ -120,7 +137,7 @@ class VideoVAEConfig:
     @property
     def compression(self) -> Compression:
         return Compression(
-            time=2 ** sum(self.temporal_downsample),
+            time=self.patch_frames * 2 ** sum(self.temporal_downsample),
             space=self.patch_size * 2 ** (len(self.encoder_dims) - 1))
 
     def kernel(self, level: int) -> tuple[int, int, int]:
@@ -205,56 +222,6 @@ class Decoder(nn.Module):
                           name="conv_out", init_scale=_output_scale(config))(x_BTHWC)
 
 
-def fold_blocks(pixels_BTHWC, compression: Compression):
-    """(first, later): the pixels of every latent's block as its channels, frame 0 apart.
-
-    Shapes (B, 1, H, W, C * space**2) and (B, T - 1, H, W, time * C * space**2) for latents T, H, W.
-    """
-    time = compression.time
-    x_BTHWC = fold_pixels(pixels_BTHWC, compression.space)
-    rows, frames, height, width, channels = x_BTHWC.shape
-    later = x_BTHWC[:, 1:].reshape(rows, frames // time, time, height, width, channels)
-    later = later.transpose(0, 1, 3, 4, 2, 5)
-    later_BTHWC = later.reshape(rows, frames // time, height, width, time * channels)
-    return x_BTHWC[:, :1], later_BTHWC
-
-
-class BlocksToLatents(nn.Module):
-    """A linear map of every block of pixels to the latent that covers it; frame 0 has its own."""
-
-    config: VideoVAEConfig
-
-    @nn.compact
-    def __call__(self, pixels_BTHWC):
-        first_BTHWC, later_BTHWC = fold_blocks(pixels_BTHWC, self.config.compression)
-        first_BTHWC = CausalConv(self.config.z_dim, (1, 1, 1), name="first")(first_BTHWC)
-        if not later_BTHWC.shape[1]:
-            return first_BTHWC
-        later_BTHWC = CausalConv(self.config.z_dim, (1, 1, 1), name="later")(later_BTHWC)
-        return jnp.concatenate([first_BTHWC, later_BTHWC], axis=1)
-
-
-class LatentsToBlocks(nn.Module):
-    """A linear map of every latent to the block of pixels it covers; frame 0 has its own."""
-
-    config: VideoVAEConfig
-
-    @nn.compact
-    def __call__(self, latents_BTHWC):
-        time, space = self.config.compression.time, self.config.compression.space
-        channels = self.config.in_channels * space**2
-        x_BTHWC = CausalConv(
-            channels, (1, 1, 1), init_scale=0.1, name="first")(latents_BTHWC[:, :1])
-        if latents_BTHWC.shape[1] > 1:
-            y = CausalConv(time * channels, (1, 1, 1), init_scale=0.1, name="later")(
-                latents_BTHWC[:, 1:])
-            rows, frames, height, width, _ = y.shape
-            y = y.reshape(rows, frames, height, width, time, channels).transpose(0, 1, 4, 2, 3, 5)
-            y_BTHWC = y.reshape(rows, frames * time, height, width, channels)
-            x_BTHWC = jnp.concatenate([x_BTHWC, y_BTHWC], axis=1)
-        return unfold_pixels(x_BTHWC, space)
-
-
 def _moments_bias(key, shape, dtype=jnp.float32):
     """Zero means and log variances of -5: noise of 8 % at the start, or the decoder sees nothing
     of the latent for hundreds of steps."""
@@ -273,8 +240,12 @@ class VideoVAE(nn.Module):
     config: VideoVAEConfig
 
     def setup(self):
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
+        if self.config.patch_frames > 1:
+            self.encoder = BlockEncoder(self.config, _output_scale(self.config))
+            self.decoder = BlockDecoder(self.config, _output_scale(self.config))
+        else:
+            self.encoder = Encoder(self.config)
+            self.decoder = Decoder(self.config)
         self.quant_conv = CausalConv(2 * self.config.z_dim, (1, 1, 1), bias_init=_moments_bias)
         if self.config.block_shortcut:
             self.blocks_to_latents = BlocksToLatents(self.config)
@@ -291,8 +262,11 @@ class VideoVAE(nn.Module):
         Raises UserError where frames are not 1 + k * time or sides do not divide.
         """
         self.compression.check(VideoSpec(*pixels_BTHWC.shape[1:4]))
-        moments_BTHWC = self.quant_conv(
-            self.encoder(fold_pixels(pixels_BTHWC, self.config.patch_size)))
+        if self.config.patch_frames > 1:
+            x_BTHWC = self.encoder(pixels_BTHWC)
+        else:
+            x_BTHWC = self.encoder(fold_pixels(pixels_BTHWC, self.config.patch_size))
+        moments_BTHWC = self.quant_conv(x_BTHWC)
         mean_BTHWC, logvar_BTHWC = jnp.split(moments_BTHWC, 2, axis=-1)
         if self.config.block_shortcut:
             mean_BTHWC = mean_BTHWC + self.blocks_to_latents(pixels_BTHWC)
@@ -300,14 +274,22 @@ class VideoVAE(nn.Module):
 
     def decode(self, latents_BTHWC, clip: bool = False):
         """Pixels of latents that are not normalised; clipped to [-1, 1] only where asked."""
-        patch, blocks_BTHWC = self.config.patch_size, None
+        blocks_BTHWC = None
         if self.config.block_shortcut:
-            blocks_BTHWC = fold_pixels(self.latents_to_blocks(latents_BTHWC), patch)
-        x_BTHWC = self.decoder(self.post_quant_conv(latents_BTHWC), blocks_BTHWC)
+            blocks_BTHWC = self.latents_to_blocks(latents_BTHWC)
+        pixels_BTHWC = self._decoded(self.post_quant_conv(latents_BTHWC), blocks_BTHWC)
         if self.config.block_shortcut:
-            x_BTHWC = x_BTHWC + blocks_BTHWC
-        pixels_BTHWC = unfold_pixels(x_BTHWC, patch)
+            pixels_BTHWC = pixels_BTHWC + blocks_BTHWC
         return jnp.clip(pixels_BTHWC, -1, 1) if clip else pixels_BTHWC
+
+    def _decoded(self, latents_BTHWC, blocks_BTHWC):
+        """Pixels from the decoder alone."""
+        if self.config.patch_frames > 1:
+            return self.decoder(latents_BTHWC)
+        patch = self.config.patch_size
+        if blocks_BTHWC is not None:
+            blocks_BTHWC = fold_pixels(blocks_BTHWC, patch)
+        return unfold_pixels(self.decoder(latents_BTHWC, blocks_BTHWC), patch)
 
     def __call__(self, pixels_BTHWC):
         """Reconstruction from the mean; what `init` traces, with 1 + compression.time frames at

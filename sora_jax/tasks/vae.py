@@ -12,7 +12,8 @@ from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.data import pixel_batches
 from sora_jax.data.sources import Source
-from sora_jax.models.video_vae import VideoVAE, fold_blocks
+from sora_jax.models.block_vae import fold_blocks
+from sora_jax.models.video_vae import VideoVAE
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.datasets import open_dataset
@@ -214,8 +215,8 @@ def latent_statistics(config: RunConfig, train: Source, params):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pixel_change(config, params, pixels_BTHWC, step_C):
-    """Per channel: root mean square change of the pixels when its latents grow by step_C, to first
-    order."""
+    """Per channel: root mean square change of the pixels when its latents grow by step_C, as
+    half the difference of a step up and a step down."""
     model = VideoVAE(config)
     mean_BTHWC, _ = model.apply({"params": params}, to_float(pixels_BTHWC), method="encode")
 
@@ -223,9 +224,8 @@ def _pixel_change(config, params, pixels_BTHWC, step_C):
         return model.apply({"params": params}, latents_BTHWC, method="decode")
 
     def change(direction_C):
-        _, change_BTHWC = jax.jvp(
-            decode, (mean_BTHWC,), (jnp.broadcast_to(direction_C, mean_BTHWC.shape),))
-        return jnp.sqrt(jnp.square(change_BTHWC).mean())
+        change_BTHWC = decode(mean_BTHWC + direction_C) - decode(mean_BTHWC - direction_C)
+        return jnp.sqrt(jnp.square(change_BTHWC / 2).mean())
 
     return jax.lax.map(change, jnp.diag(step_C))
 

@@ -21,7 +21,7 @@ TEXT = TextBytesConfig(width=16, num_layers=1, num_heads=2, num_buckets=64)
 CONFIG = DiTConfig(
     patch=PATCH, width=24, num_layers=2, num_heads=2, mlp_ratio=2.0, rope_theta=100.0,
     num_position_frequencies=2, frequency_width=16, remat="none", unroll=1,
-    compute_dtype="float32", text=TEXT,
+    compute_dtype="float32", product_dtype="float32", text=TEXT,
 )
 PACKING = PackingConfig(rows=1, row_tokens=32, row_text=96, max_clips=4)
 
