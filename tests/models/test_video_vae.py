@@ -9,7 +9,7 @@ import pytest
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.block_vae import fold_blocks
-from sora_jax.models.causal_conv import causal_conv
+from sora_jax.models.causal_conv import causal_conv, gathered_conv
 from sora_jax.models.vae_blocks import RMSNorm, fold_pixels, pooled, repeated, unfold_pixels
 from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
 
@@ -20,13 +20,18 @@ SHORTCUTS = dataclasses.replace(
     WAN_LIKE, encoder_dims=(4, 8, 8), decoder_dims=(4, 8, 8), temporal_downsample=(True, True),
     temporal_kernels=(1, 3, 1), residual=True, block_shortcut=True)
 
+BLOCKS = VideoVAEConfig(
+    encoder_dims=(8,), decoder_dims=(8,), z_dim=3, temporal_downsample=(), num_res_blocks=1,
+    patch_size=4, patch_frames=2, block_shortcut=True)
+
 
 def compiled(function):
     """jax.jit without optimisation: these run a few times on tiny inputs."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": "0"})
 
 
-@pytest.fixture(scope="module", params=[WAN_LIKE, SHORTCUTS], ids=["wan_like", "shortcuts"])
+@pytest.fixture(scope="module", params=[WAN_LIKE, SHORTCUTS, BLOCKS],
+                ids=["wan_like", "shortcuts", "blocks"])
 def vae(request):
     """(encode to means, decode, compression, pixels of 1 + 3 blocks of frames), all weights set."""
     model = VideoVAE(request.param)
@@ -90,7 +95,7 @@ def test_sizes_that_do_not_divide_are_refused(shape):
 
 @pytest.mark.parametrize("changes", [
     {"encoder_dims": (4, 8)}, {"temporal_downsample": (True,)}, {"temporal_kernels": (1, 2, 3)},
-    {"num_mid_blocks": 3}, {"encoder_dims": (4, 8, 12)}, {"z_dim": 0},
+    {"patch_frames": 2}, {"num_mid_blocks": 3}, {"encoder_dims": (4, 8, 12)}, {"z_dim": 0},
     {"residual": False, "decoder_dims": (4, 7, 8)},
 ])
 def test_impossible_configs_are_refused(changes):
@@ -146,3 +151,12 @@ def test_norm_of_nothing_has_a_finite_gradient(eps):
     x = jnp.zeros((1, 1, 1, 1, 4))
     params = norm.init(jax.random.key(0), x)
     assert np.isfinite(jax.grad(lambda x: norm.apply(params, x).sum())(x)).all()
+
+
+def test_taps_gathered_into_a_product_are_the_convolution():
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((2, 3, 4, 5, 6), np.float32))
+    for size in ((1, 1, 1), (3, 3, 3), (2, 3, 1)):
+        kernel = jnp.asarray(rng.standard_normal((*size, 6, 7), np.float32))
+        np.testing.assert_allclose(
+            gathered_conv(x, kernel, "float32"), causal_conv(x, kernel), rtol=1e-4, atol=1e-4)
