@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "diffusion"  # diffusion | vae
     config.seed = 0
-    config.num_steps = 1100
+    config.num_steps = 1500
     config.log_every_steps = 20
 
     config.data = ConfigDict({
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "folder": "",  # of video_folder: a directory of clips with captions
         "data_dir": "",  # where prepared datasets are kept; "" = WORKDIR/data
         "seed": 0,
-        "num_train_clips": 4000,
+        "num_train_clips": 8000,
         "num_held_out_clips": 256,
         "shapes": {
             # (height, width, weight): 32 to 96 pixels, landscape, portrait and square
@@ -157,7 +157,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "init_from": "",  # a workdir whose weights to start from
     })
     config.sampling = ConfigDict({
-        "every_steps": 400,
+        "every_steps": 750,
         "first_step": 20,  # an early sheet; 0 = none
         "num_clips": 16,
         "num_steps": 32,
