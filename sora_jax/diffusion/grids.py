@@ -77,7 +77,7 @@ def linspace(num_steps: int, total: int):
 def trailing(num_steps: int, total: int):
     """Steps (n,) that begin at the noisiest one, as zero terminal SNR needs.
 
-    Source: Lin et al., arXiv 2305.08891, table 2.
+    Source: Lin et al., arXiv 2305.08891, section 3.3.
     """
     check_steps(num_steps)
     return (np.arange(num_steps, 0, -1) * (total / num_steps)).round().astype(int) - 1

@@ -38,7 +38,7 @@ def euler(levels: Levels, prediction: str) -> Table:
 
 def ddim(levels: Levels, prediction: str, eta: float = 0.0) -> Table:
     """Order 1, one call a step; by (2). Reversed levels with eta = 0 invert it."""
-    scale = eta * posterior_std(levels)
+    scale = eta * posterior_std(levels) if eta else np.zeros_like(levels.sigma[1:])
     return straight_table(levels, prediction, scale, scale)
 
 
@@ -99,7 +99,10 @@ def dpmpp_3m(levels: Levels, prediction: str) -> Table:
 
 
 def dpmpp_2m_sde(levels: Levels, prediction: str) -> Table:
-    """SDE-DPM-Solver++ 2M, one call a step and fresh noise: (5) with the slope as in 2M."""
+    """SDE-DPM-Solver++ 2M, one call a step and fresh noise: (5) with the slope as in 2M.
+
+    The variance of Gaussian samples converges with order 2, that of DDPM and DDIM's with order 1.
+    """
     table = multistep(levels, prediction, 2, midpoint_weights, sde=True)
     e, _ = decay(levels)
     table.noise[..., 0] = levels.sigma[1:] * np.sqrt(1 - np.square(e))
