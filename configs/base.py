@@ -160,8 +160,14 @@ def get_config(arg: str = "") -> ConfigDict:
         "every_steps": 750,
         "first_step": 20,  # an early sheet; 0 = none
         "num_clips": 16,
+        "sampler": "euler",  # or heun, ddim, ddpm, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc
+        "eta": 0.0,  # of ddim: 0 = no noise, 1 = as much as ddpm
+        "grid": "flow",  # flow | karras | exponential
         "num_steps": 32,
-        "guidance": 3.0,
+        "guidance": 3.0,  # 1 = none
+        "guidance_interval": (0.0, 1.0),  # times where guidance works; 0 = data, 1 = noise
+        "guidance_rescale": 0.0,  # 1 = a clip keeps the spread of its unguided prediction
+        "negative_prompt": "",  # what guidance pushes away from; "" = no caption
         "seed": 0,
         "rows": 8,
     })

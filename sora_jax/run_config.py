@@ -4,6 +4,7 @@ Defaults stand in configs/base.py; nothing here has one unless a section may be 
 """
 
 import dataclasses
+import math
 
 from sora_jax import workdir as workdir_files
 from sora_jax.checkpoint import CheckpointConfig
@@ -13,6 +14,8 @@ from sora_jax.data.moving_shapes.world import ShapesSpec
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pixel_batches import PixelConfig
 from sora_jax.data.video_folder.options import FolderOptions
+from sora_jax.diffusion.grids import FLOW_SPACINGS
+from sora_jax.diffusion.solvers import SAMPLERS
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.optim import OptimConfig
@@ -86,10 +89,46 @@ class SamplingConfig:
     every_steps: int
     first_step: int  # the first sheet, so that one sees something early; 0 = none
     num_clips: int  # 0 = no samples
-    num_steps: int  # Euler steps
+    num_steps: int
     guidance: float  # 1 = none
     seed: int
     rows: int  # rows sampled at once
+    # The defaults below are those of configs/base.py; they stand here too so that workdirs written
+    # before these fields can still be sampled.
+    sampler: str = "euler"  # of diffusion/solvers.py
+    eta: float = 0.0  # of sampler "ddim": share of the ancestral noise
+    grid: str = "flow"  # flow | karras | exponential
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times of a clip where guidance works
+    guidance_rescale: float = 0.0  # 1 = a clip keeps the spread of its unguided prediction
+    negative_prompt: str = ""  # what guidance pushes away from; "" = the prediction without caption
+
+    def __post_init__(self):
+        check_sampling(self, lambda field, value: f"sampling.{field} = {value}")
+
+
+def check_sampling(config, shown) -> None:
+    """Raises UserError on values no sampler can use.
+
+    config: anything with the fields of SamplingConfig; shown(field, value): how the user wrote it.
+    """
+    def refuse(field, why):
+        raise UserError(f"{shown(field, getattr(config, field))} {why}")
+
+    for field, allowed in (("sampler", SAMPLERS), ("grid", FLOW_SPACINGS)):
+        if getattr(config, field) not in allowed:
+            refuse(field, f"is unknown; allowed: {', '.join(allowed)}")
+    if config.num_steps < 1:
+        refuse("num_steps", "must be at least 1")
+    if not 0 <= config.guidance < math.inf:
+        refuse("guidance", "must not be negative; 1 is no guidance")
+    for field in ("eta", "guidance_rescale"):
+        if not 0 <= getattr(config, field) <= 1:
+            refuse(field, "must be from 0 to 1")
+    if config.eta and config.sampler != "ddim":
+        refuse("eta", f"is of sampler ddim alone and the sampler is {config.sampler}; set it to 0")
+    first, last = config.guidance_interval
+    if not 0 <= first <= last <= 1:
+        refuse("guidance_interval", "must be two times from 0 (data) to 1 (noise), smaller first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +174,6 @@ def resolve(mapping) -> RunConfig:
     for name in ("num_steps", "log_every_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} = {getattr(config, name)} must be at least 1")
-    if config.sampling.num_steps < 1:
-        raise UserError(f"sampling.num_steps = {config.sampling.num_steps} must be at least 1")
     if (config.data.max_frames - 1) % 4:
         raise UserError(f"data.max_frames = {config.data.max_frames} must be 1 + 4k")
     return config

@@ -4,8 +4,10 @@
         --size=64x96 --frames=17 --seed=0 --out=x.mp4
 """
 
+import dataclasses
 import pathlib
 import re
+from types import SimpleNamespace
 
 from absl import flags
 
@@ -13,6 +15,8 @@ from sora_jax import checkpoint, run_config, runtime
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.data.encode import write_mp4
+from sora_jax.diffusion.solvers import SAMPLERS
+from sora_jax.run_config import SamplingConfig, check_sampling
 from sora_jax.tasks import diffusion
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.sampling import Request
@@ -24,8 +28,20 @@ _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A text file with one pr
 _SIZE = flags.DEFINE_string("size", "64x64", "HEIGHTxWIDTH in pixels.")
 _FRAMES = flags.DEFINE_integer("frames", 17, "Number of frames, 1 + 4k; 1 makes a still image.")
 _FPS = flags.DEFINE_float("fps", 8.0, "Frames per second.")
+_SAMPLER = flags.DEFINE_string(
+    "sampler", None, f"{', '.join(SAMPLERS)}; default as in the run.")
 _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default as in the run.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 = none; default as in the run.")
+_NEGATIVE = flags.DEFINE_string(
+    "negative_prompt", None, "What guidance pushes away from; default as in the run.")
+_INTERVAL = flags.DEFINE_list(
+    "guidance_interval", None,
+    "FIRST,LAST: guide at these times only, 0 = data, 1 = noise; default as in the run.")
+_RESCALE = flags.DEFINE_float(
+    "guidance_rescale", None,
+    "0..1: how far a guided clip keeps the spread of the unguided one; default as in the run.")
+_ETA = flags.DEFINE_float(
+    "eta", None, "Noise of sampler ddim, 0..1; default as in the run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; prompt i uses seed + i.")
 _STEP = flags.DEFINE_integer("checkpoint_step", None, "Which checkpoint; default the newest.")
 _OUT = flags.DEFINE_string(
@@ -37,9 +53,11 @@ _OUT = flags.DEFINE_string(
 def main(_):
     prompts = read_prompts(_PROMPT.value, _PROMPT_FILE.value)
     spec = VideoSpec(_FRAMES.value, *parse_size(_SIZE.value))
-    check_numbers(_STEPS.value, _GUIDANCE.value, _FPS.value)
+    check_fps(_FPS.value)
+    changes = sampling_changes()
     out = check_out(_OUT.value, spec)
     config = run_config.load_workdir(_WORKDIR.value)
+    settings = changed(config.sampling, changes)
     if config.task != "diffusion":
         raise UserError(f"{_WORKDIR.value} trained task {config.task!r}; sampling needs diffusion")
     vae = load_vae(config.latents.vae)
@@ -51,15 +69,14 @@ def main(_):
             "latest" if _STEP.value is None else _STEP.value
         )
     sampler = diffusion.make_sampler(
-        config, diffusion.make_model(config, vae), vae,
-        num_steps=_STEPS.value or config.sampling.num_steps,
-        guidance=config.sampling.guidance if _GUIDANCE.value is None else _GUIDANCE.value,
+        config, diffusion.make_model(config, vae), vae, **dataclasses.asdict(settings)
     )
     requests = [
         Request(prompt, spec, _FPS.value, _SEED.value + i) for i, prompt in enumerate(prompts)
     ]
     clips = sampler(params, requests)
-    print(f"weights of step {step}, {sampler.num_steps} steps, guidance {sampler.guidance:g}")
+    print(f"weights of step {step}, {settings.sampler}, {settings.num_steps} steps, guidance "
+          f"{settings.guidance:g}")
     for path in write(clips, requests, out):
         print(f"wrote {path}")
 
@@ -86,12 +103,54 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def check_numbers(steps, guidance, fps) -> None:
-    """Raises UserError on values that no sampler can use."""
-    if steps is not None and steps < 1:
-        raise UserError(f"--steps={steps} must be at least 1")
-    if guidance is not None and guidance < 0:
-        raise UserError(f"--guidance={guidance} must not be negative; 1 is no guidance")
+FLAG_OF = {
+    "sampler": "--sampler", "num_steps": "--steps", "guidance": "--guidance", "eta": "--eta",
+    "negative_prompt": "--negative_prompt", "guidance_interval": "--guidance_interval",
+    "guidance_rescale": "--guidance_rescale",
+}
+
+
+def sampling_changes() -> dict:
+    """The fields of the run's sampling section that flags replace."""
+    given = {
+        "sampler": _SAMPLER.value, "num_steps": _STEPS.value, "guidance": _GUIDANCE.value,
+        "negative_prompt": _NEGATIVE.value, "guidance_interval": parse_interval(_INTERVAL.value),
+        "guidance_rescale": _RESCALE.value, "eta": _ETA.value,
+    }
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def changed(sampling: SamplingConfig, changes: dict) -> SamplingConfig:
+    """The section with the flags' values. Raises UserError that names the flags."""
+    if changes.get("sampler", "ddim") != "ddim":
+        changes = {"eta": 0.0, **changes}  # the run's eta is of its own sampler
+    wanted = {**dataclasses.asdict(sampling), **changes}
+    check_sampling(SimpleNamespace(**wanted), written)
+    return SamplingConfig(**wanted)
+
+
+def written(field: str, value) -> str:
+    """How a user writes a field of the sampling section."""
+    if isinstance(value, tuple):
+        value = ",".join(f"{part:g}" for part in value)
+    return f"{FLAG_OF.get(field, f'sampling.{field}')}={value}"
+
+
+def parse_interval(words: list[str] | None) -> tuple[float, float] | None:
+    """(0.1, 0.9) of ["0.1", "0.9"]. Raises UserError on anything else."""
+    if words is None:
+        return None
+    try:
+        first, last = map(float, words)
+    except ValueError as error:
+        raise UserError(
+            f"--guidance_interval={','.join(words)} should be FIRST,LAST, such as 0.1,0.9"
+        ) from error
+    return first, last
+
+
+def check_fps(fps: float) -> None:
+    """Raises UserError on a rate no file can have."""
     if not 0 < fps <= 1000:
         raise UserError(f"--fps={fps} must be above 0 and at most 1000")
 

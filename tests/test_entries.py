@@ -95,7 +95,8 @@ def test_several_prompts_write_numbered_clips_and_a_sheet(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue square\n")
     call("sora_jax.sample", f"--workdir={run}", f"--prompt_file={prompts}", "--size=32x32",
-         "--frames=1", "--steps=1", "--guidance=1", f"--out={tmp_path / 'x.png'}")
+         "--frames=1", "--steps=2", "--sampler=unipc", "--guidance=2", "--negative_prompt=grey",
+         "--guidance_interval=0.1,0.9", "--guidance_rescale=0.7", f"--out={tmp_path / 'x.png'}")
     names = sorted(path.name for path in tmp_path.glob("x_*"))
     assert names == ["x_00.png", "x_01.png", "x_sheet.png"]
 
@@ -204,6 +205,8 @@ def test_a_stale_latent_cache_is_refused_by_name(run, tmp_path):
     (["--size=big"], "HEIGHTxWIDTH"),
     (["--frames=8"], "near are 5 and 9"),
     (["--steps=0"], "--steps=0"),
+    (["--sampler=leapfrog"], "--sampler=leapfrog is unknown; allowed: euler, heun"),
+    (["--guidance_interval=0.9,0.1"], "--guidance_interval=0.9,0.1"),
     (["--out=x.gif"], ".mp4"),
 ])
 def test_sampling_says_what_it_can_do(run, arguments, expected):

@@ -1,4 +1,4 @@
-"""Diffusion times: how training draws them, how size shifts them, the grid sampling walks."""
+"""Diffusion times: how training draws them and how size shifts them."""
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,3 @@ def size_shift(num_tokens, base_tokens: float, base_shift: float):
     """
     grown = base_shift * jnp.sqrt(jnp.maximum(num_tokens, 1.0) / base_tokens)
     return jnp.maximum(grown, 1.0)
-
-
-def sampling_grid(num_steps: int):
-    """Times (num_steps + 1,) from 1 (noise) to 0 (data) at equal distances, before any shift."""
-    return jnp.linspace(1.0, 0.0, num_steps + 1)

@@ -58,14 +58,15 @@ def make_model(config: RunConfig, vae: FrozenVAE) -> DiT:
 
 
 def make_sampler(config: RunConfig, model: DiT, vae: FrozenVAE, **changes) -> Sampler:
-    """A sampler with the settings of config.sampling; `changes` replace fields of it."""
+    """A sampler with the settings of config.sampling; `changes` replace fields of it.
+
+    Raises UserError on a value no sampler can use.
+    """
     packing = {"rows": config.sampling.rows, "row_tokens": config.packing.row_tokens}
-    sampler = Sampler(
-        model, vae, config.diffusion,
-        packing=dataclasses.replace(config.packing, **packing),
-        num_steps=config.sampling.num_steps, guidance=config.sampling.guidance,
+    return Sampler(
+        model, vae, config.diffusion, dataclasses.replace(config.packing, **packing),
+        dataclasses.replace(config.sampling, **changes),
     )
-    return dataclasses.replace(sampler, **changes)
 
 
 def init(config: RunConfig, model: DiT, key):
