@@ -3,6 +3,8 @@
 Source: Wan 2.1 (arXiv 2503.20314), section 4.1, and for the pooled shortcuts Wan 2.2.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,12 +49,48 @@ class RMSNorm(nn.Module):
         return (x * jax.lax.rsqrt(jnp.maximum(mean_square, 1e-24)) * gamma).astype(x_BTHWC.dtype)
 
 
+class GroupNorm(nn.Module):
+    """Each group of channels of a frame scaled to mean 0 and variance 1 over its positions, in
+    float32, times "scale" plus "bias".
+
+    Source: Wu and He 2018, "Group normalization"; one frame is one image here.
+    """
+
+    groups: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        rows, frames, height, width, channels = x_BTHWC.shape
+        scale, bias = (
+            self.param(name, nn.with_logical_partitioning(init, (None,)), (channels,))
+            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros)))
+        x = x_BTHWC.astype(jnp.float32).reshape(
+            rows, frames, height, width, self.groups, channels // self.groups)
+        x = x - x.mean((2, 3, 5), keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean((2, 3, 5), keepdims=True) + self.eps)
+        return (x.reshape(x_BTHWC.shape) * scale + bias).astype(x_BTHWC.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormKind:
+    """Which norm a VAE uses: RMS over the channels (groups 0) or groups of channels."""
+
+    eps: float
+    groups: int = 0
+
+    def module(self, name: str) -> nn.Module:
+        if self.groups:
+            return GroupNorm(self.groups, self.eps, name=name)
+        return RMSNorm(self.eps, name=name)
+
+
 class ResidualBlock(nn.Module):
     """x (projected by 1x1x1 where the channels change) + conv(silu(norm(conv(silu(norm(x))))))."""
 
     features: int
     kernel_size: tuple[int, int, int]
-    eps: float
+    norm: NormKind
 
     @nn.compact
     def __call__(self, x_BTHWC):
@@ -60,7 +98,7 @@ class ResidualBlock(nn.Module):
         if x_BTHWC.shape[-1] != self.features:
             shortcut_BTHWC = CausalConv(self.features, (1, 1, 1), name="shortcut")(x_BTHWC)
         for i in (1, 2):
-            x_BTHWC = nn.silu(RMSNorm(self.eps, name=f"norm_{i}")(x_BTHWC))
+            x_BTHWC = nn.silu(self.norm.module(f"norm_{i}")(x_BTHWC))
             x_BTHWC = CausalConv(self.features, self.kernel_size, name=f"conv_{i}",
                                  init_scale=1.0 if i == 1 else 0.01)(x_BTHWC)
         return shortcut_BTHWC + x_BTHWC
@@ -69,12 +107,12 @@ class ResidualBlock(nn.Module):
 class FrameAttention(nn.Module):
     """x + one-head self-attention among the positions of each frame."""
 
-    eps: float
+    norm: NormKind
 
     @nn.compact
     def __call__(self, x_BTHWC):
         rows, frames, height, width, channels = x_BTHWC.shape
-        y = RMSNorm(self.eps, name="norm")(x_BTHWC)
+        y = self.norm.module("norm")(x_BTHWC)
         y = CausalConv(3 * channels, (1, 1, 1), name="qkv")(y)
         y = y.reshape(rows * frames, height * width, 3, channels)
         q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
