@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sora_jax.models.past_frames import with_past
+
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -62,6 +64,8 @@ def _space_conv(x_BTHWC, kernel, stride, pad):
 class CausalConv(nn.Module):
     """`causal_conv` with a learned kernel ("kernel") and bias ("bias").
 
+    A clip may come in chunks, see past_frames.py (with pad_time alone).
+
     init_scale: variance of the output at the start, of an input of variance 1.
     """
 
@@ -85,7 +89,13 @@ class CausalConv(nn.Module):
         bias = self.param(
             "bias", nn.with_logical_partitioning(self.bias_init, ("conv_out",)),
             (self.features,))
+        pad_time = self.pad_time
+        if pad_time and self.kernel_size[0] > 1:
+            x_BTHWC, has_past = with_past(self, x_BTHWC, self.kernel_size[0] - 1)
+            pad_time = not has_past
+            if not x_BTHWC.shape[1]:  # nothing yet but the zeros in front of the clip, remembered
+                return x_BTHWC[..., :1] + bias.astype(x_BTHWC.dtype)
         y_BTHWC = causal_conv(
             x_BTHWC, kernel, time_stride=self.time_stride, space_stride=self.space_stride,
-            space_pad=self.space_pad, pad_time=self.pad_time)
+            space_pad=self.space_pad, pad_time=pad_time)
         return y_BTHWC + bias.astype(y_BTHWC.dtype)

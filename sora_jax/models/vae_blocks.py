@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.models.causal_conv import CausalConv
+from sora_jax.models.past_frames import begun, streaming, with_past
 
 
 def fold_pixels(pixels_BTHWC, patch: int):
@@ -138,10 +139,13 @@ class Downsample(nn.Module):
         )(x_BTHWC)
         if not self.time:
             return x_BTHWC
+        x_BTHWC, has_past = with_past(self, x_BTHWC, 1)
         if x_BTHWC.shape[1] == 1:
             return x_BTHWC
         later_BTHWC = CausalConv(
             features, (3, 1, 1), time_stride=2, pad_time=False, name="time_conv")(x_BTHWC)
+        if has_past:
+            return later_BTHWC
         return jnp.concatenate([x_BTHWC[:, :1], later_BTHWC], axis=1)
 
 
@@ -157,10 +161,11 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC):
-        if self.time and x_BTHWC.shape[1] > 1:
+        start = 0 if begun(self, "begun") else 1
+        if self.time and (x_BTHWC.shape[1] > start or streaming(self)):
             later_BTHWC = CausalConv(
-                2 * x_BTHWC.shape[-1], (3, 1, 1), name="time_conv")(x_BTHWC[:, 1:])
-            x_BTHWC = jnp.concatenate([x_BTHWC[:, :1], _double_frames(later_BTHWC)], axis=1)
+                2 * x_BTHWC.shape[-1], (3, 1, 1), name="time_conv")(x_BTHWC[:, start:])
+            x_BTHWC = jnp.concatenate([x_BTHWC[:, :start], _double_frames(later_BTHWC)], axis=1)
         x_BTHWC = x_BTHWC.repeat(2, axis=2).repeat(2, axis=3)
         return CausalConv(self.features, (1, 3, 3), name="space_conv")(x_BTHWC)
 
@@ -185,14 +190,14 @@ def pooled(x_BTHWC, features: int, factors):
     return x.reshape(*x.shape[:4], features, -1).mean(axis=-1)
 
 
-def repeated(x_BTHWC, features: int, factors):
+def repeated(x_BTHWC, features: int, factors, first: bool = True):
     """The shortcut of an upsampling level: each channel repeated, then dealt to the offsets.
 
-    Frame 0 becomes one frame, every later one `time` frames.
+    Frame 0 of a clip becomes one frame, every later one `time` frames; first: whether x has it.
     """
     ft, fh, fw = factors
     rows, frames, height, width, channels = x_BTHWC.shape
     x = x_BTHWC.repeat(features * ft * fh * fw // channels, axis=-1)
     x = x.reshape(rows, frames, height, width, features, ft, fh, fw)
     x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(rows, frames * ft, height * fh, width * fw, features)[:, ft - 1:]
+    return x.reshape(rows, frames * ft, height * fh, width * fw, features)[:, (ft - 1) * first:]

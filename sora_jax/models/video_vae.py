@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import Compression, VideoSpec
 from sora_jax.models.causal_conv import CausalConv
+from sora_jax.models.past_frames import begun
 from sora_jax.models.vae_blocks import (
     Downsample,
     FrameAttention,
@@ -27,6 +28,7 @@ from sora_jax.models.vae_blocks import (
     repeated,
     unfold_pixels,
 )
+from sora_jax.models.vae_blocks_linear import BlocksToLatents, LatentsToBlocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC, blocks_BTHWC=None):
-        config = self.config
+        config, first = self.config, not begun(self, "begun")
         x_BTHWC = CausalConv(
             config.decoder_dims[-1], config.latent_kernel, name="conv_in")(x_BTHWC)
         x_BTHWC = Middle(config, name="middle")(x_BTHWC)
@@ -222,60 +224,10 @@ class Decoder(nn.Module):
                                    name=f"level_{level}_up")(x_BTHWC)
                 if config.residual:
                     x_BTHWC = x_BTHWC + repeated(
-                        before_BTHWC, features, config.factors(level - 1))
+                        before_BTHWC, features, config.factors(level - 1), first)
         x_BTHWC = nn.silu(config.norm.module("norm_out")(x_BTHWC))
         return CausalConv(config.in_channels * config.patch_size**2, config.kernel(0),
                           name="conv_out", init_scale=_output_scale(config))(x_BTHWC)
-
-
-def fold_blocks(pixels_BTHWC, compression: Compression):
-    """(first, later): the pixels of every latent's block as its channels, frame 0 apart.
-
-    Shapes (B, 1, H, W, C * space**2) and (B, T - 1, H, W, time * C * space**2) for latents T, H, W.
-    """
-    time = compression.time
-    x_BTHWC = fold_pixels(pixels_BTHWC, compression.space)
-    rows, frames, height, width, channels = x_BTHWC.shape
-    later = x_BTHWC[:, 1:].reshape(rows, frames // time, time, height, width, channels)
-    later = later.transpose(0, 1, 3, 4, 2, 5)
-    later_BTHWC = later.reshape(rows, frames // time, height, width, time * channels)
-    return x_BTHWC[:, :1], later_BTHWC
-
-
-class BlocksToLatents(nn.Module):
-    """A linear map of every block of pixels to the latent that covers it; frame 0 has its own."""
-
-    config: VideoVAEConfig
-
-    @nn.compact
-    def __call__(self, pixels_BTHWC):
-        first_BTHWC, later_BTHWC = fold_blocks(pixels_BTHWC, self.config.compression)
-        first_BTHWC = CausalConv(self.config.z_dim, (1, 1, 1), name="first")(first_BTHWC)
-        if not later_BTHWC.shape[1]:
-            return first_BTHWC
-        later_BTHWC = CausalConv(self.config.z_dim, (1, 1, 1), name="later")(later_BTHWC)
-        return jnp.concatenate([first_BTHWC, later_BTHWC], axis=1)
-
-
-class LatentsToBlocks(nn.Module):
-    """A linear map of every latent to the block of pixels it covers; frame 0 has its own."""
-
-    config: VideoVAEConfig
-
-    @nn.compact
-    def __call__(self, latents_BTHWC):
-        time, space = self.config.compression.time, self.config.compression.space
-        channels = self.config.in_channels * space**2
-        x_BTHWC = CausalConv(
-            channels, (1, 1, 1), init_scale=0.1, name="first")(latents_BTHWC[:, :1])
-        if latents_BTHWC.shape[1] > 1:
-            y = CausalConv(time * channels, (1, 1, 1), init_scale=0.1, name="later")(
-                latents_BTHWC[:, 1:])
-            rows, frames, height, width, _ = y.shape
-            y = y.reshape(rows, frames, height, width, time, channels).transpose(0, 1, 4, 2, 3, 5)
-            y_BTHWC = y.reshape(rows, frames * time, height, width, channels)
-            x_BTHWC = jnp.concatenate([x_BTHWC, y_BTHWC], axis=1)
-        return unfold_pixels(x_BTHWC, space)
 
 
 def _moments_bias(key, shape, dtype=jnp.float32):
@@ -302,8 +254,8 @@ class VideoVAE(nn.Module):
             self.quant_conv = CausalConv(2 * self.config.z_dim, (1, 1, 1), bias_init=_moments_bias)
             self.post_quant_conv = CausalConv(self.config.z_dim, (1, 1, 1))
         if self.config.block_shortcut:
-            self.blocks_to_latents = BlocksToLatents(self.config)
-            self.latents_to_blocks = LatentsToBlocks(self.config)
+            self.blocks_to_latents = BlocksToLatents(self.compression, self.config.z_dim)
+            self.latents_to_blocks = LatentsToBlocks(self.compression, self.config.in_channels)
 
     @property
     def compression(self) -> Compression:
@@ -312,22 +264,30 @@ class VideoVAE(nn.Module):
     def encode(self, pixels_BTHWC):
         """(mean_BTHWC, logvar_BTHWC) of the posterior, neither normalised nor clipped.
 
-        Raises UserError where frames are not 1 + k * time or sides do not divide.
+        With a mutable collection "cache" the pixels are the next chunk of a clip (a multiple of
+        `time` frames after the first chunk), and the latents are those of the whole clip. Raises
+        UserError where frames are not 1 + k * time or sides do not divide.
         """
-        self.compression.check(VideoSpec(*pixels_BTHWC.shape[1:4]))
+        frames, height, width = pixels_BTHWC.shape[1:4]
+        first = not begun(self, "encoding")
+        self.compression.check(VideoSpec(frames if first else 1 + frames, height, width))
         moments_BTHWC = self.encoder(fold_pixels(pixels_BTHWC, self.config.patch_size))
         if self.config.quant_convs:
             moments_BTHWC = self.quant_conv(moments_BTHWC)
         mean_BTHWC, logvar_BTHWC = jnp.split(moments_BTHWC, 2, axis=-1)
         if self.config.block_shortcut:
-            mean_BTHWC = mean_BTHWC + self.blocks_to_latents(pixels_BTHWC)
+            mean_BTHWC = mean_BTHWC + self.blocks_to_latents(pixels_BTHWC, first)
         return mean_BTHWC, logvar_BTHWC
 
     def decode(self, latents_BTHWC, clip: bool = False):
-        """Pixels of latents that are not normalised; clipped to [-1, 1] only where asked."""
+        """Pixels of latents that are not normalised; clipped to [-1, 1] only where asked.
+
+        With a mutable collection "cache" the latents are the next chunk of a clip, of any length.
+        """
         patch, blocks_BTHWC = self.config.patch_size, None
+        first = not begun(self, "decoding")
         if self.config.block_shortcut:
-            blocks_BTHWC = fold_pixels(self.latents_to_blocks(latents_BTHWC), patch)
+            blocks_BTHWC = fold_pixels(self.latents_to_blocks(latents_BTHWC, first), patch)
         if self.config.quant_convs:
             latents_BTHWC = self.post_quant_conv(latents_BTHWC)
         x_BTHWC = self.decoder(latents_BTHWC, blocks_BTHWC)

@@ -10,7 +10,8 @@ import pytest
 from sora_jax.core.errors import UserError
 from sora_jax.models.causal_conv import causal_conv
 from sora_jax.models.vae_blocks import RMSNorm, fold_pixels, pooled, repeated, unfold_pixels
-from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig, fold_blocks
+from sora_jax.models.vae_blocks_linear import fold_blocks
+from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
 
 WAN_LIKE = VideoVAEConfig(
     encoder_dims=(4, 8), decoder_dims=(4, 8), z_dim=3, temporal_downsample=(True,),
