@@ -24,6 +24,29 @@ def map_with_name(function, tree, *rest, is_leaf=None):
     )
 
 
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a.b.kernel": leaf} of nested dicts."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def unflatten(flat: dict) -> dict:
+    """The inverse of `flatten`."""
+    tree = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
 def num_bytes(leaf) -> int:
     """Bytes of an array or of its abstract shape; a jax key counts its 32-bit words."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

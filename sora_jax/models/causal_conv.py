@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sora_jax.models.past_frames import with_past
 from sora_jax.models.product import product
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -61,12 +62,14 @@ def _space_conv(x_BTHWC, kernel, stride, pad):
     return y.reshape(rows, frames, *y.shape[1:])
 
 
-def gathered_conv(x_BTHWC, kernel, dtype: str):
+def gathered_conv(x_BTHWC, kernel, dtype: str, pad_time: bool = True):
     """`causal_conv` with stride 1 as one product of gathered taps, operands rounded to `dtype`."""
     B, T, H, W, _ = x_BTHWC.shape
     kt, kh, kw = kernel.shape[:3]
+    front = kt - 1 if pad_time else 0
+    T += front - (kt - 1)
     padded = jnp.pad(
-        x_BTHWC, ((0, 0), (kt - 1, 0), ((kh - 1) // 2,) * 2, ((kw - 1) // 2,) * 2, (0, 0)))
+        x_BTHWC, ((0, 0), (front, 0), ((kh - 1) // 2,) * 2, ((kw - 1) // 2,) * 2, (0, 0)))
     taps_BTHWC = jnp.concatenate([
         padded[:, t:t + T, h:h + H, w:w + W]
         for t in range(kt) for h in range(kh) for w in range(kw)], axis=-1)
@@ -76,6 +79,8 @@ def gathered_conv(x_BTHWC, kernel, dtype: str):
 
 class CausalConv(nn.Module):
     """`causal_conv` with a learned kernel ("kernel") and bias ("bias").
+
+    A clip may come in chunks, see past_frames.py (with pad_time alone).
 
     init_scale: variance of the output at the start, of an input of variance 1. product_dtype: taps
     are gathered into one matrix product with operands of this type (stride 1, padded in time);
@@ -103,10 +108,16 @@ class CausalConv(nn.Module):
         bias = self.param(
             "bias", nn.with_logical_partitioning(self.bias_init, ("conv_out",)),
             (self.features,))
+        pad_time = self.pad_time
+        if pad_time and self.kernel_size[0] > 1:
+            x_BTHWC, has_past = with_past(self, x_BTHWC, self.kernel_size[0] - 1)
+            pad_time = not has_past
+            if not x_BTHWC.shape[1]:  # nothing yet but the zeros in front of the clip, remembered
+                return x_BTHWC[..., :1] + bias.astype(x_BTHWC.dtype)
         if self.product_dtype:
-            y_BTHWC = gathered_conv(x_BTHWC, kernel, self.product_dtype)
+            y_BTHWC = gathered_conv(x_BTHWC, kernel, self.product_dtype, pad_time)
             return (y_BTHWC + bias).astype(x_BTHWC.dtype)
         y_BTHWC = causal_conv(
             x_BTHWC, kernel, time_stride=self.time_stride, space_stride=self.space_stride,
-            space_pad=self.space_pad, pad_time=self.pad_time)
+            space_pad=self.space_pad, pad_time=pad_time)
         return y_BTHWC + bias.astype(y_BTHWC.dtype)

@@ -3,11 +3,14 @@
 Source: Wan 2.1 (arXiv 2503.20314), section 4.1, and for the pooled shortcuts Wan 2.2.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sora_jax.models.causal_conv import CausalConv
+from sora_jax.models.past_frames import begun, streaming, with_past
 
 
 def fold_pixels(pixels_BTHWC, patch: int):
@@ -47,12 +50,48 @@ class RMSNorm(nn.Module):
         return (x * jax.lax.rsqrt(jnp.maximum(mean_square, 1e-24)) * gamma).astype(x_BTHWC.dtype)
 
 
+class GroupNorm(nn.Module):
+    """Each group of channels of a frame scaled to mean 0 and variance 1 over its positions, in
+    float32, times "scale" plus "bias".
+
+    Source: Wu and He 2018, "Group normalization"; one frame is one image here.
+    """
+
+    groups: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        rows, frames, height, width, channels = x_BTHWC.shape
+        scale, bias = (
+            self.param(name, nn.with_logical_partitioning(init, (None,)), (channels,))
+            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros)))
+        x = x_BTHWC.astype(jnp.float32).reshape(
+            rows, frames, height, width, self.groups, channels // self.groups)
+        x = x - x.mean((2, 3, 5), keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean((2, 3, 5), keepdims=True) + self.eps)
+        return (x.reshape(x_BTHWC.shape) * scale + bias).astype(x_BTHWC.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormKind:
+    """Which norm a VAE uses: RMS over the channels (groups 0) or groups of channels."""
+
+    eps: float
+    groups: int = 0
+
+    def module(self, name: str) -> nn.Module:
+        if self.groups:
+            return GroupNorm(self.groups, self.eps, name=name)
+        return RMSNorm(self.eps, name=name)
+
+
 class ResidualBlock(nn.Module):
     """x (projected by 1x1x1 where the channels change) + conv(silu(norm(conv(silu(norm(x))))))."""
 
     features: int
     kernel_size: tuple[int, int, int]
-    eps: float
+    norm: NormKind
     product_dtype: str | None = None
 
     @nn.compact
@@ -61,7 +100,7 @@ class ResidualBlock(nn.Module):
         if x_BTHWC.shape[-1] != self.features:
             shortcut_BTHWC = CausalConv(self.features, (1, 1, 1), name="shortcut")(x_BTHWC)
         for i in (1, 2):
-            x_BTHWC = nn.silu(RMSNorm(self.eps, name=f"norm_{i}")(x_BTHWC))
+            x_BTHWC = nn.silu(self.norm.module(f"norm_{i}")(x_BTHWC))
             x_BTHWC = CausalConv(self.features, self.kernel_size, name=f"conv_{i}",
                                  product_dtype=self.product_dtype,
                                  init_scale=1.0 if i == 1 else 0.01)(x_BTHWC)
@@ -71,12 +110,12 @@ class ResidualBlock(nn.Module):
 class FrameAttention(nn.Module):
     """x + one-head self-attention among the positions of each frame."""
 
-    eps: float
+    norm: NormKind
 
     @nn.compact
     def __call__(self, x_BTHWC):
         rows, frames, height, width, channels = x_BTHWC.shape
-        y = RMSNorm(self.eps, name="norm")(x_BTHWC)
+        y = self.norm.module("norm")(x_BTHWC)
         y = CausalConv(3 * channels, (1, 1, 1), name="qkv")(y)
         y = y.reshape(rows * frames, height * width, 3, channels)
         q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
@@ -102,10 +141,13 @@ class Downsample(nn.Module):
         )(x_BTHWC)
         if not self.time:
             return x_BTHWC
+        x_BTHWC, has_past = with_past(self, x_BTHWC, 1)
         if x_BTHWC.shape[1] == 1:
             return x_BTHWC
         later_BTHWC = CausalConv(
             features, (3, 1, 1), time_stride=2, pad_time=False, name="time_conv")(x_BTHWC)
+        if has_past:
+            return later_BTHWC
         return jnp.concatenate([x_BTHWC[:, :1], later_BTHWC], axis=1)
 
 
@@ -121,10 +163,11 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC):
-        if self.time and x_BTHWC.shape[1] > 1:
+        start = 0 if begun(self, "begun") else 1
+        if self.time and (x_BTHWC.shape[1] > start or streaming(self)):
             later_BTHWC = CausalConv(
-                2 * x_BTHWC.shape[-1], (3, 1, 1), name="time_conv")(x_BTHWC[:, 1:])
-            x_BTHWC = jnp.concatenate([x_BTHWC[:, :1], _double_frames(later_BTHWC)], axis=1)
+                2 * x_BTHWC.shape[-1], (3, 1, 1), name="time_conv")(x_BTHWC[:, start:])
+            x_BTHWC = jnp.concatenate([x_BTHWC[:, :start], _double_frames(later_BTHWC)], axis=1)
         x_BTHWC = x_BTHWC.repeat(2, axis=2).repeat(2, axis=3)
         return CausalConv(self.features, (1, 3, 3), name="space_conv")(x_BTHWC)
 
@@ -149,14 +192,14 @@ def pooled(x_BTHWC, features: int, factors):
     return x.reshape(*x.shape[:4], features, -1).mean(axis=-1)
 
 
-def repeated(x_BTHWC, features: int, factors):
+def repeated(x_BTHWC, features: int, factors, first: bool = True):
     """The shortcut of an upsampling level: each channel repeated, then dealt to the offsets.
 
-    Frame 0 becomes one frame, every later one `time` frames.
+    Frame 0 of a clip becomes one frame, every later one `time` frames; first: whether x has it.
     """
     ft, fh, fw = factors
     rows, frames, height, width, channels = x_BTHWC.shape
     x = x_BTHWC.repeat(features * ft * fh * fw // channels, axis=-1)
     x = x.reshape(rows, frames, height, width, features, ft, fh, fw)
     x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(rows, frames * ft, height * fh, width * fw, features)[:, ft - 1:]
+    return x.reshape(rows, frames * ft, height * fh, width * fw, features)[:, (ft - 1) * first:]

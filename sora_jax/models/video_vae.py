@@ -15,24 +15,21 @@ import jax.numpy as jnp
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import Compression, VideoSpec
-from sora_jax.models.block_vae import (
-    BlockDecoder,
-    BlockEncoder,
-    BlocksToLatents,
-    LatentsToBlocks,
-)
+from sora_jax.models.block_vae import BlockDecoder, BlockEncoder
 from sora_jax.models.causal_conv import CausalConv
+from sora_jax.models.past_frames import begun
 from sora_jax.models.vae_blocks import (
     Downsample,
     FrameAttention,
+    NormKind,
     ResidualBlock,
-    RMSNorm,
     Upsample,
     fold_pixels,
     pooled,
     repeated,
     unfold_pixels,
 )
+from sora_jax.models.vae_blocks_linear import BlocksToLatents, LatentsToBlocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +69,14 @@ class VideoVAEConfig:
     """Operands of the matrix products of the VAE of blocks; sums are float32."""
     in_channels: int = 3
     norm_eps: float = 1e-6
-    """Added to the mean square in RMS norms; 0 in published weights."""
+    """Added to the mean square in norms; 0 in published Wan weights."""
+    norm_groups: int = 0
+    """0: RMS norm over the channels of a position; else the groups of a group norm of a frame, as
+    in Stable Diffusion."""
+    upsample_halves: bool = True
+    """Whether upsampling halves the channels (never with `residual`)."""
+    quant_convs: bool = True
+    """Whether 1x1x1 convolutions stand on both sides of the latent."""
 
     def __post_init__(self):
         levels = len(self.encoder_dims)
@@ -94,7 +98,12 @@ class VideoVAEConfig:
                 f"each must be 1 or 3")
         if self.num_mid_blocks not in (0, 1, 2):
             raise UserError(f"vae num_mid_blocks = {self.num_mid_blocks}; allowed are 0, 1, 2")
-        if not self.residual and any(dim % 2 for dim in self.decoder_dims[1:]):
+        if self.norm_groups < 0 or self.norm_groups and any(
+                dim % self.norm_groups for dim in (*self.encoder_dims, *self.decoder_dims)):
+            raise UserError(
+                f"vae norm_groups = {self.norm_groups} must be 0 (RMS norm) or divide each of "
+                f"encoder_dims {self.encoder_dims} and decoder_dims {self.decoder_dims}")
+        if self.halves and any(dim % 2 for dim in self.decoder_dims[1:]):
             raise UserError(
                 f"vae decoder_dims {self.decoder_dims}: all but the first are halved by "
                 f"upsampling and must be even")
@@ -145,6 +154,15 @@ class VideoVAEConfig:
         return (self.temporal_kernels[level] if self.temporal_kernels else 3, 3, 3)
 
     @property
+    def norm(self) -> NormKind:
+        return NormKind(self.norm_eps, self.norm_groups)
+
+    @property
+    def halves(self) -> bool:
+        """Whether upsampling gives half as many channels as it takes."""
+        return self.upsample_halves and not self.residual
+
+    @property
     def latent_kernel(self) -> tuple[int, int, int]:
         return (self.latent_temporal_kernel, 3, 3)
 
@@ -159,10 +177,10 @@ class Middle(nn.Module):
         config, features = self.config, x_BTHWC.shape[-1]
         kernel = config.kernel(-1)
         if config.num_mid_blocks >= 1:
-            x_BTHWC = ResidualBlock(features, kernel, config.norm_eps, name="block_0")(x_BTHWC)
-        x_BTHWC = FrameAttention(config.norm_eps, name="attention")(x_BTHWC)
+            x_BTHWC = ResidualBlock(features, kernel, config.norm, name="block_0")(x_BTHWC)
+        x_BTHWC = FrameAttention(config.norm, name="attention")(x_BTHWC)
         if config.num_mid_blocks >= 2:
-            x_BTHWC = ResidualBlock(features, kernel, config.norm_eps, name="block_1")(x_BTHWC)
+            x_BTHWC = ResidualBlock(features, kernel, config.norm, name="block_1")(x_BTHWC)
         return x_BTHWC
 
 
@@ -178,7 +196,7 @@ class Encoder(nn.Module):
         for level, features in enumerate(config.encoder_dims):
             before_BTHWC = x_BTHWC
             for i in range(config.num_res_blocks):
-                x_BTHWC = ResidualBlock(features, config.kernel(level), config.norm_eps,
+                x_BTHWC = ResidualBlock(features, config.kernel(level), config.norm,
                                         name=f"level_{level}_block_{i}")(x_BTHWC)
             if level < len(config.encoder_dims) - 1:
                 x_BTHWC = Downsample(config.temporal_downsample[level],
@@ -186,9 +204,11 @@ class Encoder(nn.Module):
             if config.residual:
                 x_BTHWC = x_BTHWC + pooled(before_BTHWC, features, config.factors(level))
         x_BTHWC = Middle(config, name="middle")(x_BTHWC)
-        x_BTHWC = nn.silu(RMSNorm(config.norm_eps, name="norm_out")(x_BTHWC))
+        x_BTHWC = nn.silu(config.norm.module("norm_out")(x_BTHWC))
         return CausalConv(2 * config.z_dim, config.latent_kernel, name="conv_out",
-                          init_scale=_output_scale(config))(x_BTHWC)
+                          init_scale=_output_scale(config),
+                          bias_init=nn.initializers.zeros if config.quant_convs
+                          else _moments_bias)(x_BTHWC)
 
 
 class Decoder(nn.Module):
@@ -198,7 +218,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC, blocks_BTHWC=None):
-        config = self.config
+        config, first = self.config, not begun(self, "begun")
         x_BTHWC = CausalConv(
             config.decoder_dims[-1], config.latent_kernel, name="conv_in")(x_BTHWC)
         x_BTHWC = Middle(config, name="middle")(x_BTHWC)
@@ -208,16 +228,16 @@ class Decoder(nn.Module):
                 x_BTHWC = x_BTHWC + CausalConv(x_BTHWC.shape[-1], config.kernel(0),
                                                name="from_blocks")(blocks_BTHWC)
             for i in range(config.num_res_blocks + 1):
-                x_BTHWC = ResidualBlock(features, config.kernel(level), config.norm_eps,
+                x_BTHWC = ResidualBlock(features, config.kernel(level), config.norm,
                                         name=f"level_{level}_block_{i}")(x_BTHWC)
             if level > 0:
                 x_BTHWC = Upsample(config.temporal_downsample[level - 1],
-                                   features if config.residual else features // 2,
+                                   features // 2 if config.halves else features,
                                    name=f"level_{level}_up")(x_BTHWC)
                 if config.residual:
                     x_BTHWC = x_BTHWC + repeated(
-                        before_BTHWC, features, config.factors(level - 1))
-        x_BTHWC = nn.silu(RMSNorm(config.norm_eps, name="norm_out")(x_BTHWC))
+                        before_BTHWC, features, config.factors(level - 1), first)
+        x_BTHWC = nn.silu(config.norm.module("norm_out")(x_BTHWC))
         return CausalConv(config.in_channels * config.patch_size**2, config.kernel(0),
                           name="conv_out", init_scale=_output_scale(config))(x_BTHWC)
 
@@ -246,11 +266,12 @@ class VideoVAE(nn.Module):
         else:
             self.encoder = Encoder(self.config)
             self.decoder = Decoder(self.config)
-        self.quant_conv = CausalConv(2 * self.config.z_dim, (1, 1, 1), bias_init=_moments_bias)
+        if self.config.quant_convs:
+            self.quant_conv = CausalConv(2 * self.config.z_dim, (1, 1, 1), bias_init=_moments_bias)
+            self.post_quant_conv = CausalConv(self.config.z_dim, (1, 1, 1))
         if self.config.block_shortcut:
-            self.blocks_to_latents = BlocksToLatents(self.config)
-            self.latents_to_blocks = LatentsToBlocks(self.config)
-        self.post_quant_conv = CausalConv(self.config.z_dim, (1, 1, 1))
+            self.blocks_to_latents = BlocksToLatents(self.compression, self.config.z_dim)
+            self.latents_to_blocks = LatentsToBlocks(self.compression, self.config.in_channels)
 
     @property
     def compression(self) -> Compression:
@@ -259,33 +280,43 @@ class VideoVAE(nn.Module):
     def encode(self, pixels_BTHWC):
         """(mean_BTHWC, logvar_BTHWC) of the posterior, neither normalised nor clipped.
 
-        Raises UserError where frames are not 1 + k * time or sides do not divide.
+        With a mutable collection "cache" the pixels are the next chunk of a clip (a multiple of
+        `time` frames after the first chunk), and the latents are those of the whole clip. Raises
+        UserError where frames are not 1 + k * time or sides do not divide.
         """
-        self.compression.check(VideoSpec(*pixels_BTHWC.shape[1:4]))
+        frames, height, width = pixels_BTHWC.shape[1:4]
+        first = not begun(self, "encoding")
+        self.compression.check(VideoSpec(frames if first else 1 + frames, height, width))
         if self.config.patch_frames > 1:
-            x_BTHWC = self.encoder(pixels_BTHWC)
+            moments_BTHWC = self.encoder(pixels_BTHWC, first)
         else:
-            x_BTHWC = self.encoder(fold_pixels(pixels_BTHWC, self.config.patch_size))
-        moments_BTHWC = self.quant_conv(x_BTHWC)
+            moments_BTHWC = self.encoder(fold_pixels(pixels_BTHWC, self.config.patch_size))
+        if self.config.quant_convs:
+            moments_BTHWC = self.quant_conv(moments_BTHWC)
         mean_BTHWC, logvar_BTHWC = jnp.split(moments_BTHWC, 2, axis=-1)
         if self.config.block_shortcut:
-            mean_BTHWC = mean_BTHWC + self.blocks_to_latents(pixels_BTHWC)
+            mean_BTHWC = mean_BTHWC + self.blocks_to_latents(pixels_BTHWC, first)
         return mean_BTHWC, logvar_BTHWC
 
     def decode(self, latents_BTHWC, clip: bool = False):
-        """Pixels of latents that are not normalised; clipped to [-1, 1] only where asked."""
-        blocks_BTHWC = None
+        """Pixels of latents that are not normalised; clipped to [-1, 1] only where asked.
+
+        With a mutable collection "cache" the latents are the next chunk of a clip, of any length.
+        """
+        first, blocks_BTHWC = not begun(self, "decoding"), None
         if self.config.block_shortcut:
-            blocks_BTHWC = self.latents_to_blocks(latents_BTHWC)
-        pixels_BTHWC = self._decoded(self.post_quant_conv(latents_BTHWC), blocks_BTHWC)
+            blocks_BTHWC = self.latents_to_blocks(latents_BTHWC, first)
+        if self.config.quant_convs:
+            latents_BTHWC = self.post_quant_conv(latents_BTHWC)
+        pixels_BTHWC = self._decoded(latents_BTHWC, blocks_BTHWC, first)
         if self.config.block_shortcut:
             pixels_BTHWC = pixels_BTHWC + blocks_BTHWC
         return jnp.clip(pixels_BTHWC, -1, 1) if clip else pixels_BTHWC
 
-    def _decoded(self, latents_BTHWC, blocks_BTHWC):
+    def _decoded(self, latents_BTHWC, blocks_BTHWC, first):
         """Pixels from the decoder alone."""
         if self.config.patch_frames > 1:
-            return self.decoder(latents_BTHWC)
+            return self.decoder(latents_BTHWC, first)
         patch = self.config.patch_size
         if blocks_BTHWC is not None:
             blocks_BTHWC = fold_pixels(blocks_BTHWC, patch)

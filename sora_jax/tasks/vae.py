@@ -12,7 +12,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.data import pixel_batches
 from sora_jax.data.sources import Source
-from sora_jax.models.block_vae import fold_blocks
+from sora_jax.models.vae_blocks_linear import fold_blocks
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png

@@ -14,18 +14,18 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from sora_jax.core.config import from_mapping
 from sora_jax.core.disk import write_whole
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import Compression
+from sora_jax.core.tree import flatten, unflatten
 from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
-from sora_jax.weights.wan_vae import config_from_wan, import_wan
+from sora_jax.weights import published, vae_family
+from sora_jax.weights.quantized import dequantize, quantize
+from sora_jax.weights.rules import check_names
+from sora_jax.weights.tensor_files import open_tensors, write_tensors
 
-FORMAT = "sora_jax video vae 1"
-SCALE, MIN_QUANTIZED = ":scale", 4096
+FORMAT = vae_family.FORMAT
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 
 
@@ -99,29 +99,6 @@ def to_uint8(pixels):
     return jnp.round((jnp.clip(pixels, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a.b.kernel": leaf} of nested dicts."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def unflatten(flat: dict) -> dict:
-    """The inverse of `flatten`."""
-    tree = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
 def save_vae(path, config: VideoVAEConfig, params, latent_mean_C, latent_std_C,
              provenance: dict, dtype=np.float32, channel_std_C=None) -> str:
     """Writes path (NAME.safetensors) and its card NAME.json; returns the sha256 of the weights.
@@ -136,8 +113,7 @@ def save_vae(path, config: VideoVAEConfig, params, latent_mean_C, latent_std_C,
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
     flat = quantize(flat) if dtype == np.int8 else {k: x.astype(dtype) for k, x in flat.items()}
-    content = safetensors.numpy.save(flat, metadata={"format": FORMAT})
-    sha256 = hashlib.sha256(content).hexdigest()
+    sha256 = write_tensors(path, flat, {"format": FORMAT})
     card = {
         "format": FORMAT,
         "sha256": sha256,
@@ -148,65 +124,37 @@ def save_vae(path, config: VideoVAEConfig, params, latent_mean_C, latent_std_C,
             round(float(x), 6) for x in channel_std_C],
         **provenance,
     }
-    write_whole(path, content)
     write_whole(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
     return sha256
-
-
-def quantize(flat: dict) -> dict:
-    """Kernels of MIN_QUANTIZED values and more as int8 with a float16 scale per output channel
-    (NAME:scale), the rest as float16. A value moves by at most half its channel's scale."""
-    out = {}
-    for name, leaf in flat.items():
-        if leaf.ndim < 2 or leaf.size < MIN_QUANTIZED:
-            out[name] = leaf.astype(np.float16)
-            continue
-        peak = np.abs(leaf).max(axis=tuple(range(leaf.ndim - 1)))
-        scale = np.maximum(peak / 127, 1e-6).astype(np.float16)
-        out[name] = np.clip(np.round(leaf / scale.astype(np.float32)), -127, 127).astype(np.int8)
-        out[name + SCALE] = scale
-    return out
-
-
-def dequantize(flat: dict) -> dict:
-    """float32 parameters of what `quantize` or a plain cast wrote."""
-    return {
-        name: leaf.astype(np.float32) * flat.get(name + SCALE, np.float32(1)).astype(np.float32)
-        for name, leaf in flat.items() if not name.endswith(SCALE)
-    }
 
 
 def load_vae(name: str | os.PathLike) -> FrozenVAE:
     """The VAE "builtin:NAME", of a .safetensors file with its card, or of a directory.
 
-    A directory holds vae.safetensors, or Wan 2.1 or 2.2 weights as published: config.json and
-    diffusion_pytorch_model.safetensors. Raises UserError on anything missing, damaged or foreign.
+    A directory holds vae.safetensors, or weights as published of any VAE that `weights.registry`
+    knows: config.json and diffusion_pytorch_model.safetensors. Raises UserError on anything
+    missing, damaged or foreign.
     """
     path = _weights_path(name)
     card = _read_card(path)
-    content = path.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    try:
-        flat = safetensors.numpy.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} ({len(content)} bytes) is no whole safetensors file ({error}); "
-            "copy or train it again") from None
-    if card.get("_class_name") == "AutoencoderKLWan":
-        config = config_from_wan(card)
-        flat = import_wan(flat, config)
-        mean, std, channels = card["latents_mean"], card["latents_std"], None
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if "_class_name" in card:
+        family, config, flat, entries = published.convert(published.open_published(path))
+        if family.format != FORMAT:
+            raise UserError(f"{path} are weights of {family.name}, which is no VAE")
+        mean, std, channels = entries["latent_mean"], entries["latent_std"], None
     else:
         if card.get("format") != FORMAT:
             raise UserError(f"the card of {path} has format {card.get('format')!r}; it should be "
                             f"{FORMAT!r}")
+        flat = open_tensors(path).tensors
         if card.get("sha256") != sha256:
             raise UserError(f"{path} has sha256 {sha256[:12]}.. and its card says "
                             f"{str(card.get('sha256'))[:12]}..; weights and card are not a pair")
         flat = dequantize(flat)
-        config = from_mapping(VideoVAEConfig, card["config"], f"{path.stem} card config")
+        config = vae_family.from_card(card, f"{path.stem} card")
         mean, std, channels = card["latent_mean"], card["latent_std"], card.get("channel_std")
-    check_parameters(flat, config, str(path))
+        check_names({key: x.shape for key, x in flat.items()}, vae_family.shapes(config), str(path))
     for name, values in (("mean", mean), ("std", std), ("channel std", channels)):
         low = 0 if name != "mean" else -np.inf
         if values is not None and (len(values) != config.z_dim or min(values) <= low):
@@ -218,23 +166,6 @@ def load_vae(name: str | os.PathLike) -> FrozenVAE:
     return FrozenVAE(config, params, digest, np.asarray(mean, np.float32),
                      np.asarray(std, np.float32), card,
                      None if channels is None else np.asarray(channels, np.float32))
-
-
-def check_parameters(flat: dict, config: VideoVAEConfig, where: str) -> None:
-    """Raises UserError naming parameters that are missing, unknown or of another shape."""
-    time, space = config.compression.time, config.compression.space
-    shapes = jax.eval_shape(
-        VideoVAE(config).init, jax.random.key(0),
-        jax.ShapeDtypeStruct((1, 1 + time, space, space, config.in_channels), jnp.float32))
-    wanted = {key: box.value.shape for key, box in flatten(shapes["params"]).items()}
-    missing, unknown = sorted(wanted.keys() - flat.keys()), sorted(flat.keys() - wanted.keys())
-    reshaped = [f"{key} is {flat[key].shape}, should be {wanted[key]}"
-                for key in sorted(wanted.keys() & flat.keys()) if flat[key].shape != wanted[key]]
-    if missing or unknown or reshaped:
-        raise UserError(
-            f"{where} does not fit its config: {len(missing)} parameters missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}, {len(reshaped)} of another shape "
-            f"{reshaped[:3]}")
 
 
 def _weights_path(name) -> pathlib.Path:
@@ -263,11 +194,5 @@ def _weights_path(name) -> pathlib.Path:
 def _read_card(path) -> dict:
     for card_path in (path.with_suffix(".json"), path.parent / "config.json"):
         if card_path.is_file():
-            try:
-                card = json.loads(card_path.read_text())
-            except ValueError as error:
-                raise UserError(f"{card_path} is not JSON ({error})") from None
-            if not isinstance(card, dict):
-                raise UserError(f"{card_path} should hold one JSON object")
-            return card
+            return published.read_json(card_path)
     raise UserError(f"{path} has no card: expected {path.with_suffix('.json').name} beside it")

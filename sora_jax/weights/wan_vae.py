@@ -1,23 +1,29 @@
-"""Names and layouts of published Wan 2.1 and 2.2 VAE weights, to and from native parameters.
-
-One rule list, derived from the config, serves both directions, so export gives back the very
-tensors that were imported. Arrays are numpy; torch is not needed.
+"""Names and layouts of published Wan 2.1 and 2.2 VAE weights.
 
 Source: layout of diffusers' AutoencoderKLWan; is_residual false is Wan 2.1 (194 tensors), true
 Wan 2.2 (196).
 """
 
-import numpy as np
-
 from sora_jax.core.errors import UserError
 from sora_jax.models.video_vae import VideoVAEConfig
+from sora_jax.weights import vae_family
+from sora_jax.weights.registry import Family
+from sora_jax.weights.rules import CONV_2D, CONV_3D, SAME, Rule, trailing_ones
+
+KINDS = {
+    "conv3d": (("weight", "kernel", CONV_3D), ("bias", "bias", SAME)),
+    "conv2d": (("weight", "kernel", CONV_2D), ("bias", "bias", SAME)),
+    "norm3d": (("gamma", "gamma", trailing_ones(3)),),
+    "norm2d": (("gamma", "gamma", trailing_ones(2)),),
+}
 
 
-def config_from_wan(published: dict) -> VideoVAEConfig:
+def config_from_wan(published: dict, shapes=None) -> VideoVAEConfig:
     """The native config of a published config.json; raises UserError where it asks for more.
 
     Only the entries that change the function are read.
     """
+    del shapes
     if published.get("attn_scales"):
         raise UserError(f"attn_scales {published['attn_scales']} is not supported; it must be []")
     patch = published.get("patch_size") or 1
@@ -34,6 +40,31 @@ def config_from_wan(published: dict) -> VideoVAEConfig:
         in_channels=published.get("in_channels", 3) // patch**2,
         residual=bool(published.get("is_residual")),
         norm_eps=0.0)
+
+
+def wan_from_config(config: VideoVAEConfig, card: dict) -> dict:
+    """The config.json of a native config."""
+    base, decoder_base = config.encoder_dims[0], config.decoder_dims[0]
+    channels = config.in_channels * config.patch_size**2
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": base,
+        "decoder_base_dim": None if decoder_base == base else decoder_base,
+        "z_dim": config.z_dim,
+        "dim_mult": [dim // base for dim in config.encoder_dims],
+        "num_res_blocks": config.num_res_blocks,
+        "attn_scales": [],
+        "temperal_downsample": list(config.temporal_downsample),
+        "dropout": 0.0,
+        "latents_mean": card["latent_mean"],
+        "latents_std": card["latent_std"],
+        "is_residual": config.residual,
+        "in_channels": channels,
+        "out_channels": channels,
+        "patch_size": None if config.patch_size == 1 else config.patch_size,
+        "scale_factor_temporal": config.compression.time,
+        "scale_factor_spatial": config.compression.space,
+    }
 
 
 def module_names(config: VideoVAEConfig) -> list[tuple[str, str, str]]:
@@ -95,57 +126,29 @@ def _decoder_levels(config):
         if level > 0:
             names += _resample(f"decoder.up_blocks.{index}.{upsampler}",
                                f"decoder.level_{level}_up", config.temporal_downsample[level - 1])
-            channels = features if config.residual else features // 2
+            channels = features // 2 if config.halves else features
     return names
 
 
-def import_wan(tensors: dict, config: VideoVAEConfig) -> dict:
-    """Native flat parameters {"a.b.kernel": array} of published tensors.
-
-    Raises UserError naming the tensors that are missing or that nothing uses.
-    """
-    flat, used = {}, set()
-    for old, new, kind in module_names(config):
-        for old_leaf, new_leaf in _leaves(kind):
-            name = f"{old}.{old_leaf}"
-            used.add(name)
-            if name in tensors:
-                flat[f"{new}.{new_leaf}"] = _to_native(tensors[name], kind, old_leaf)
-    missing, unused = sorted(used - set(tensors)), sorted(set(tensors) - used)
-    if missing or unused:
-        raise UserError(
-            f"these are not Wan VAE weights of this config: {len(missing)} tensors missing "
-            f"{missing[:3]}, {len(unused)} unknown {unused[:3]}")
-    return flat
+def rules(config: VideoVAEConfig, names=()) -> list[Rule]:
+    """The table of a config; `names` (of a file's tensors) change nothing here."""
+    del names
+    return [Rule(f"{new}.{our_leaf}", (f"{old}.{their_leaf}",), transform)
+            for old, new, kind in module_names(config)
+            for their_leaf, our_leaf, transform in KINDS[kind]]
 
 
-def export_wan(flat: dict, config: VideoVAEConfig) -> dict:
-    """Published tensors of native flat parameters: the inverse of `import_wan`."""
-    return {
-        f"{old}.{old_leaf}": _to_published(flat[f"{new}.{new_leaf}"], kind, old_leaf)
-        for old, new, kind in module_names(config) for old_leaf, new_leaf in _leaves(kind)}
+def _recognises(published: dict, names) -> bool:
+    if published:
+        return published.get("_class_name") == "AutoencoderKLWan"
+    return "encoder.mid_block.attentions.0.to_qkv.weight" in names
 
 
-def _leaves(kind):
-    if kind.startswith("norm"):
-        return (("gamma", "gamma"),)
-    return (("weight", "kernel"), ("bias", "bias"))
+def _statistics(published: dict, config: VideoVAEConfig) -> dict:
+    return {"latent_mean": published["latents_mean"], "latent_std": published["latents_std"]}
 
 
-def _to_native(array, kind, leaf):
-    if leaf == "gamma":
-        return array.reshape(-1)
-    if leaf == "bias":
-        return array
-    if kind == "conv2d":
-        array = array[:, :, None]
-    return np.ascontiguousarray(array.transpose(2, 3, 4, 1, 0))
-
-
-def _to_published(array, kind, leaf):
-    if leaf == "gamma":
-        return array.reshape((-1, 1, 1) if kind == "norm2d" else (-1, 1, 1, 1))
-    if leaf == "bias":
-        return array
-    array = np.ascontiguousarray(array.transpose(4, 3, 0, 1, 2))
-    return array[:, :, 0] if kind == "conv2d" else array
+FAMILY = Family(
+    name="wan_vae", file_name=vae_family.FILE_NAME, format=vae_family.FORMAT,
+    recognises=_recognises, config=config_from_wan, publish=wan_from_config, rules=rules,
+    shapes=vae_family.shapes, card=_statistics, from_card=vae_family.from_card)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sora_jax.core.errors import UserError
-from sora_jax.models.block_vae import fold_blocks
 from sora_jax.models.causal_conv import causal_conv, gathered_conv
 from sora_jax.models.vae_blocks import RMSNorm, fold_pixels, pooled, repeated, unfold_pixels
+from sora_jax.models.vae_blocks_linear import fold_blocks
 from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
 
 WAN_LIKE = VideoVAEConfig(

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from sora_jax.core.errors import UserError
+from sora_jax.core.tree import flatten
 from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
 from sora_jax.weights import vae_files
-from sora_jax.weights.vae_files import flatten, load_vae, save_vae
+from sora_jax.weights.quantized import MIN_QUANTIZED
+from sora_jax.weights.vae_files import load_vae, save_vae
 
 CONFIG = VideoVAEConfig(
     encoder_dims=(8, 16), decoder_dims=(8, 16), z_dim=4, temporal_downsample=(True,),
@@ -46,7 +48,7 @@ def test_int8_kernels_move_by_at_most_half_a_step_and_take_a_quarter(tmp_path, p
     again, quantized = flatten(load_vae(path).params), 0
     for name, leaf in flatten(params).items():
         leaf = np.asarray(leaf)
-        if leaf.ndim >= 2 and leaf.size >= vae_files.MIN_QUANTIZED:
+        if leaf.ndim >= 2 and leaf.size >= MIN_QUANTIZED:
             quantized += 1
             step = np.abs(leaf).max(axis=tuple(range(leaf.ndim - 1))) / 127
             assert np.all(np.abs(again[name] - leaf) <= 0.51 * step + 127 * 1e-3 * step)
