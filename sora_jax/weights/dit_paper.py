@@ -9,23 +9,12 @@ import numpy as np
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.transformer_config import TransformerConfig
+from sora_jax.models.transformer_sizes import dit_config
 from sora_jax.weights.tables import Rule, dense
 from sora_jax.weights.transformer_weights import export_transformer, import_transformer
 
 FIXED_POSITIONS = "pos_embed"
 POSITION_TOLERANCE = 1e-5
-
-
-def dit_config(width: int, num_layers: int, num_heads: int, patch: int, num_classes: int = 1000,
-               in_channels: int = 4, out_channels: int = 8, **options) -> TransformerConfig:
-    """A DiT with adaLN-zero, labels, fixed 2-D positions and a learned variance.
-
-    Source: arXiv 2212.09748, section 3 and appendix A.
-    """
-    return TransformerConfig(
-        patch=(1, patch, patch), in_channels=in_channels, out_channels=out_channels, width=width,
-        num_layers=num_layers, num_heads=num_heads, mlp_width=4 * width, num_classes=num_classes,
-        position="sincos2d", rope=False, **options)
 
 
 def config_from_dit(published: dict, frequency_shift: float = 0.0) -> TransformerConfig:
