@@ -147,6 +147,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "ema_decay": 0.995,
+        "train_first": "",  # a pattern of names that alone train in the first steps
+        "train_first_steps": 0,
     })
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1 takes the devices that are left

@@ -3,11 +3,12 @@
 import dataclasses
 import re
 
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
 from sora_jax.core.errors import UserError
-from sora_jax.core.tree import map_with_name
+from sora_jax.core.tree import map_with_name, named_leaves
 
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("cosine", "linear", "constant", "warmup_stable_decay")
@@ -33,6 +34,8 @@ class OptimConfig:
     weight_decay: of matrices only; multiplied by the learning rate.
     clip_norm: largest global norm of a gradient; 0 does not clip.
     ema_decay: of the averaged weights, see train_state.ema_decay_at; 0 averages nothing.
+    train_first: a pattern of names that alone change in the first train_first_steps updates, such
+      as patch_embedding.PROJECTIONS after a change of the patch size.
     """
 
     optimizer: str = "adamw"
@@ -47,6 +50,8 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.999
+    train_first: str = ""
+    train_first_steps: int = 0
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -61,6 +66,10 @@ class OptimConfig:
         for name in ("b1", "b2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} = {getattr(self, name)} must be in [0, 1)")
+        if bool(self.train_first) != (self.train_first_steps > 0):
+            raise UserError(
+                f"optim.train_first = {self.train_first!r} with optim.train_first_steps = "
+                f"{self.train_first_steps}: give both or neither")
         if not self.eps > 0:
             raise UserError(f"optim.eps = {self.eps} must be above 0")
         for name in ("final_lr_fraction", "decay_fraction"):
@@ -123,6 +132,25 @@ def muon_dimensions(params):
     )
 
 
+def train_first(pattern: str, num_steps: int) -> optax.GradientTransformation:
+    """In the first num_steps updates only parameters whose name matches change; moments of the
+    others are already kept. Raises UserError where no name matches."""
+    def init(params):
+        names = [name for name, _ in named_leaves(params)]
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(f"optim.train_first = {pattern!r} matches no parameter; names are "
+                            f"like {', '.join(names[:3])}")
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None):
+        all_may = state.count >= num_steps
+        updates = map_with_name(
+            lambda name, x: x if re.search(pattern, name) else jnp.where(all_may, x, 0), updates)
+        return updates, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping, AdamW or Muon, decoupled weight decay and the learning rate, in this order.
 
@@ -145,4 +173,6 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         ]
     if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.train_first:
+        parts.append(train_first(config.train_first, config.train_first_steps))
     return optax.chain(*parts)

@@ -1,5 +1,7 @@
 """Schedules reach what they promise; decay touches matrices only; a bad step changes nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,3 +145,20 @@ def test_muon_makes_every_direction_of_a_hidden_matrix_move_alike_and_leaves_the
     bias = updates["blocks"]["qkv"]["bias"]  # Adam's first step has one size for every entry
     np.testing.assert_allclose(np.abs(bias), np.abs(bias).max(), rtol=1e-4)
     assert np.all(np.sign(bias) == -np.sign(grads["blocks"]["qkv"]["bias"]))
+
+
+def test_named_parameters_train_first_and_then_all():
+    params = {"patch_in": {"kernel": jnp.zeros((2, 2))}, "rest": {"kernel": jnp.zeros((2, 2))}}
+    config = OptimConfig(learning_rate=0.1, warmup_steps=0, decay="constant",
+                         train_first=r"(^|/)patch_(in|out)/", train_first_steps=2)
+    tx = make_optimizer(config, 10)
+    state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    for step in range(3):
+        updates, state = tx.update(grads, state, params)
+        assert np.all(updates["patch_in"]["kernel"] != 0)
+        assert np.all(updates["rest"]["kernel"] != 0) == (step == 2)
+    with pytest.raises(UserError, match="'nowhere' matches no parameter.*patch_in/kernel"):
+        make_optimizer(dataclasses.replace(config, train_first="nowhere"), 10).init(params)
+    with pytest.raises(UserError, match="give both or neither"):
+        dataclasses.replace(config, train_first_steps=0)

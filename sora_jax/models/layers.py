@@ -50,6 +50,23 @@ def layer_norm(x, eps: float = 1e-6):
     return ((x32 - mean) * jax.lax.rsqrt(var + eps)).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """`layer_norm` with learned scale and shift."""
+
+    axis_name: str = "norm"
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        def vector(name, init):
+            init = nn.with_logical_partitioning(init, (self.axis_name,))
+            return self.param(name, init, (x.shape[-1],), jnp.float32)
+
+        x32 = layer_norm(x.astype(jnp.float32), self.eps)
+        scale, bias = vector("scale", nn.initializers.ones_init()), vector("bias", INIT_ZERO)
+        return (x32 * scale + bias).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis. Source: arXiv 1910.07467, eq. 4."""
 
@@ -73,12 +90,13 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-def sinusoid(value, width: int, max_period: float = 10_000.0):
-    """Features [cos, sin] of scalars, shape (..., width), frequencies max_period**(-i/half).
+def sinusoid(value, width: int, max_period: float = 10_000.0, shift: float = 0.0):
+    """Features [cos, sin] of scalars, (..., width), frequencies max_period**(-i / (half - shift)).
 
     Source: the timestep embedding of DiT (arXiv 2212.09748) and Wan, frequency shift 0.
     """
     half = width // 2
-    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    steps = jnp.arange(half, dtype=jnp.float32) / (half - shift)
+    frequencies = jnp.exp(-math.log(max_period) * steps)
     angles = value[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -1,0 +1,224 @@
+"""One block of the general diffusion transformer: attention and MLP on packed rows, with every
+kind of modulation, conditioning and query-key norm of `TransformerConfig`.
+
+Sources: DiT (arXiv 2212.09748) adaLN-zero; Wan 2.1 table modulation and image keys; CogVideoX
+(arXiv 2408.06072) and MM-DiT (arXiv 2403.03206) joint sequences; ViViT (arXiv 2103.15691) layouts.
+"""
+
+import typing
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sora_jax.models.attention import attention
+from sora_jax.models.dit import by_segment
+from sora_jax.models.layers import (
+    INIT_LINEAR,
+    INIT_ZERO,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    layer_norm,
+    modulate,
+)
+from sora_jax.models.positions import rotate
+from sora_jax.models.transformer_config import TransformerConfig
+
+
+class Context(typing.NamedTuple):
+    """What all blocks read. Absent parts are None.
+
+    condition: of every clip (B, S, D), or of every token (B, N, D) where member_BNS is None.
+    text_condition_BSD: of every clip, for joint text.
+    member_BNS: one-hot clip of a token; text_member_BMS: of a text token (joint text).
+    table, text_table: what the table modulation adds to every block's own, shaped like the above.
+    segments: (B, N) numbers per kind of layer; segment_BN: the clip.
+    text_BMD, text_segment_BM: cross-attended text; image_BLD, image_segment_BL: image tokens.
+    """
+
+    condition: jnp.ndarray | None
+    text_condition_BSD: jnp.ndarray | None
+    member_BNS: jnp.ndarray | None
+    text_member_BMS: jnp.ndarray | None
+    table: jnp.ndarray | None
+    text_table: jnp.ndarray | None
+    segments: tuple
+    segment_BN: jnp.ndarray
+    angles_BNP: jnp.ndarray | None
+    text_BMD: jnp.ndarray | None
+    text_segment_BM: jnp.ndarray | None
+    image_BLD: jnp.ndarray | None
+    image_segment_BL: jnp.ndarray | None
+
+
+def spread(clips_BSD, member_BNS):
+    """Each token's own clip's row, (B, N, D); what is per token already where member is None."""
+    return clips_BSD if member_BNS is None else by_segment(clips_BSD, member_BNS)
+
+
+class TransformerBlock(nn.Module):
+    """(x_BND, text or None) -> the same after attention, cross-attention and MLP; the identity at
+    initialisation where modulation has gates."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, streams, kind, context: Context):
+        """kind: which of context.segments this layer attends in. streams: the clip's tokens, and
+        the text's where text is joint, else None."""
+        x, text = streams
+        mods = self.modulations(context)
+        attends = 2 if self.config.layout == "space_and_time" else 1
+        segments = context.segments
+        if attends == 1:
+            segment = segments[0] if len(segments) == 1 else jnp.stack(segments)[kind]
+            segments = (segment,)
+        for number, segment in enumerate(segments):
+            prefix = "" if number == 0 else "time_"
+            x, text = self.self_attend(x, text, segment, prefix, mods[number], context)
+        if self.config.text == "cross":
+            x = x + self.cross_attend(x, context)
+        return self.feed_forward(x, text, mods[-1]), None
+
+    def modulations(self, context):
+        """Per sub-layer, for the clip's tokens and the text's: (shift, scale, gate) or None."""
+        config = self.config
+        count = 3 if config.layout == "space_and_time" else 2
+        if config.modulation == "none":
+            return [(None, None)] * count
+        parts = 3 if config.gates else 2
+
+        def chunks(name, condition, shared, member):
+            size = parts * count * config.width
+            if config.modulation == "table":
+                table = self.param(
+                    f"{name}_table", nn.with_logical_partitioning(INIT_ZERO, ("modulation",)),
+                    (size,), jnp.float32)
+                mod = spread(shared + table.astype(shared.dtype), member)
+            else:
+                dense = Linear(size, ("embed", "modulation"), init=INIT_ZERO, name=name)
+                mod = spread(dense(nn.silu(condition)), member)
+            chunk = jnp.split(mod, parts * count, axis=-1)
+            return [chunk[i * parts:(i + 1) * parts] for i in range(count)]
+
+        own = chunks("mod", context.condition, context.table, context.member_BNS)
+        if config.text != "joint":
+            return [(mod, None) for mod in own]
+        texts = chunks("text_mod", context.text_condition_BSD, context.text_table,
+                       context.text_member_BMS)
+        return list(zip(own, texts, strict=True))
+
+    def self_attend(self, x, text, segment, prefix, mods, context):
+        """Both streams after attention to each other (joint) or to x itself."""
+        config = self.config
+        width = config.width
+        norms = self.paired(lambda name: self.norm(name, config.norm_eps), f"{prefix}norm_1")
+        maps = self.paired(lambda name: self.linear(
+            3 * width, ("embed", "heads"), f"{name}qkv", use_bias=config.qkv_bias), prefix)
+        qk_norms = self.paired(self.qk_norms, prefix)
+        outs = self.paired(lambda name: self.linear(
+            width, ("heads", "embed"), f"{name}out", init=self.residual_init), prefix)
+
+        q, k, v = self.heads(maps[0](_modulated(norms[0](x), mods[0])), qk_norms[0])
+        if context.angles_BNP is not None:
+            q, k = rotate(q, context.angles_BNP), rotate(k, context.angles_BNP)
+        if text is None:
+            y = attention(q, k, v, segment, segment).reshape(x.shape)
+            return x + _gated(outs[0](y), mods[0]), None
+        theirs = self.heads(maps[1](_modulated(norms[1](text), mods[1])), qk_norms[1])
+        q, k, v = (jnp.concatenate(pair, axis=1)
+                   for pair in zip(theirs, (q, k, v), strict=True))
+        both = jnp.concatenate([context.text_segment_BM, segment], axis=1)
+        y = attention(q, k, v, both, both)
+        y = y.reshape(*y.shape[:2], width)
+        text_y, y = y[:, :text.shape[1]], y[:, text.shape[1]:]
+        return x + _gated(outs[0](y), mods[0]), text + _gated(outs[1](text_y), mods[1])
+
+    def cross_attend(self, x, context):
+        """What text (and image tokens, with a softmax of their own) add to the clip's tokens."""
+        config = self.config
+        width, heads = config.width, config.num_heads
+        norm = (LayerNorm(eps=config.norm_eps, name="cross_norm") if config.cross_norm_affine
+                else lambda y: layer_norm(y, config.norm_eps))
+        q_norm, k_norm = self.qk_norms("cross_")
+        q = q_norm(self.linear(width, ("embed", "heads"), "cross_q")(norm(x)))
+
+        def attend(name, tokens, key_norm, segment):
+            kv = self.linear(2 * width, ("text", "heads"), name)(tokens)
+            k, v = jnp.split(kv, 2, axis=-1)
+            k, v = key_norm(k), v.reshape(*v.shape[:2], heads, config.head_width)
+            return attention(q, k, v, context.segment_BN, segment).reshape(x.shape)
+
+        y = attend("cross_kv", context.text_BMD, k_norm, context.text_segment_BM)
+        if context.image_BLD is not None:
+            image_norm = self.qk_norm("image_k_norm")
+            y = y + attend("image_kv", context.image_BLD, image_norm, context.image_segment_BL)
+        return self.linear(width, ("heads", "embed"), "cross_out", init=INIT_ZERO)(y)
+
+    def feed_forward(self, x, text, mods):
+        """Both streams after the MLP."""
+        config = self.config
+        norms = self.paired(lambda name: self.norm(name, config.mlp_norm_eps), "norm_2")
+        mlps = self.paired(self.mlp, "")
+        x = x + _gated(mlps[0](_modulated(norms[0](x), mods[0])), mods[0])
+        if text is not None:
+            text = text + _gated(mlps[1](_modulated(norms[1](text), mods[1])), mods[1])
+        return x, text
+
+    @property
+    def residual_init(self):
+        """Without gates what a block adds starts at zero by its last map."""
+        closed = self.config.gates and self.config.modulation != "none"
+        return INIT_LINEAR if closed else INIT_ZERO
+
+    def paired(self, make, name):
+        """Modules for the clip's tokens and for the text's: the same where weights are shared."""
+        own = make(name)
+        if self.config.text != "joint" or self.config.streams == "shared":
+            return own, own
+        return own, make(f"text_{name}")
+
+    def linear(self, features, axes, name, use_bias=True, init=INIT_LINEAR):
+        return Linear(features, axes, use_bias=use_bias, init=init, name=name)
+
+    def norm(self, name, eps):
+        if self.config.norm_affine:
+            return LayerNorm(eps=eps, name=name)
+        return lambda x: layer_norm(x, eps)
+
+    def mlp(self, prefix):
+        width = self.config.mlp_width
+        first = self.linear(width, ("embed", "mlp"), f"{prefix}mlp_in")
+        last = self.linear(self.config.width, ("mlp", "embed"), f"{prefix}mlp_out",
+                           init=self.residual_init)
+        return lambda x: last(nn.gelu(first(x), approximate=True))
+
+    def qk_norms(self, prefix):
+        return self.qk_norm(f"{prefix}q_norm"), self.qk_norm(f"{prefix}k_norm")
+
+    def qk_norm(self, name):
+        """(B, N, width) -> normalised heads (B, N, K, E)."""
+        config = self.config
+        kind, eps = config.qk_norm, config.qk_norm_eps
+
+        def split(x):
+            return x.reshape(*x.shape[:-1], config.num_heads, config.head_width)
+
+        if kind == "none":
+            return split
+        norm = (LayerNorm if kind == "ln_head" else RMSNorm)(eps=eps, name=name)
+        return (lambda x: split(norm(x))) if kind == "rms_full" else (lambda x: norm(split(x)))
+
+    def heads(self, qkv, norms):
+        """Queries and keys, normalised, and values: each (B, N, K, E)."""
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        v = v.reshape(*v.shape[:-1], self.config.num_heads, self.config.head_width)
+        return norms[0](q), norms[1](k), v
+
+
+def _modulated(x, mod):
+    return x if mod is None else modulate(x, mod[0], mod[1])
+
+
+def _gated(x, mod):
+    return x if mod is None or len(mod) < 3 else mod[2] * x

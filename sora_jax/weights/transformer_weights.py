@@ -1,0 +1,46 @@
+"""What the families of transformers share: shapes of native parameters, and import and export of
+a whole tree by a table."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax.models.transformer import Transformer
+from sora_jax.models.transformer_config import TransformerConfig
+from sora_jax.weights.tables import Rule, export_tensors, import_tensors
+from sora_jax.weights.vae_files import flatten, unflatten
+
+
+def example_batch(config: TransformerConfig) -> dict:
+    """A row of one token and one token of every condition, to trace the model with."""
+    batch = {
+        "tokens_BND": jnp.zeros((1, 1, config.in_width)),
+        "segment_BN": jnp.ones((1, 1), jnp.int32),
+        "position_BN3": jnp.zeros((1, 1, 3), jnp.int32),
+        "text_segment_BM": jnp.ones((1, 1), jnp.int32),
+        "text_embedding_BMD": jnp.zeros((1, 1, config.text_width)),
+        "label_BS": jnp.zeros((1, 1), jnp.int32),
+        "clip_BSF": jnp.zeros((1, 1, 5)),
+    }
+    if config.image_width:
+        batch["image_segment_BL"] = jnp.ones((1, 1), jnp.int32)
+        batch["image_embedding_BLD"] = jnp.zeros((1, 1, config.image_width))
+    return batch
+
+
+def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """{"blocks.qkv.kernel": shape} of every parameter; allocates nothing."""
+    init = functools.partial(Transformer(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init(example_batch(config), jnp.zeros((1, 1))))
+    return {name: box.value.shape for name, box in flatten(shapes["params"]).items()}
+
+
+def import_transformer(rules: list[Rule], config: TransformerConfig, tensors: dict, what: str):
+    """Native nested parameters of published tensors; raises UserError as `import_tensors` does."""
+    return unflatten(import_tensors(rules, tensors, parameter_shapes(config), what))
+
+
+def export_transformer(rules: list[Rule], params: dict) -> dict:
+    """Published tensors of native nested parameters."""
+    return export_tensors(rules, flatten(params))

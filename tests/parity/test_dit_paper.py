@@ -1,0 +1,93 @@
+"""DiT: the native transformer computes what the published class computes (golden cases
+dit_paper_diffusers and dit_paper_original), and both namings of DiT-XL/2 fit it."""
+
+import jax
+import numpy as np
+import pytest
+
+from sora_jax.core.errors import UserError
+from sora_jax.models.patchify import clips_as_rows, unpatchify
+from sora_jax.weights.dit_paper import (
+    config_from_dit,
+    export_dit,
+    export_dit_original,
+    import_dit,
+    import_dit_original,
+)
+from sora_jax.weights.transformer_weights import parameter_shapes
+from sora_jax.weights.vae_files import flatten, unflatten
+from tests.parity.golden import (
+    TOLERANCE,
+    assert_bit_for_bit,
+    count,
+    error,
+    load_case,
+    load_layout,
+    needs_golden,
+    needs_layouts,
+    run,
+    structs,
+    traced_shapes,
+)
+
+SHIFT = {"dit_paper_diffusers": 1.0, "dit_paper_original": 0.0}
+
+
+def predict(case, config, params):
+    batch = clips_as_rows(case.io["in.hidden_states"].transpose(0, 2, 3, 1)[:, None], config.patch)
+    batch["label_BS"] = case.io["in.class_labels"][:, None]
+    time_BS = case.io["in.timestep"][:, None].astype(np.float32)
+    return unpatchify(run(config, params, batch, time_BS), config.patch, (1, 8, 8))[:, 0].transpose(
+        0, 3, 1, 2)
+
+
+@needs_golden
+@pytest.mark.parametrize("name", SHIFT)
+def test_output_equals_the_published_class(name):
+    case = load_case(name)
+    config, params = import_dit(case.config, case.tensors, SHIFT[name])
+    assert error(predict(case, config, params), case.io["out.sample"]) < TOLERANCE
+    assert_bit_for_bit(export_dit(config, params), case.tensors)
+    shapes = {name: leaf.shape for name, leaf in flatten(params).items()}
+    assert shapes == parameter_shapes(config)
+
+
+@needs_golden
+def test_original_names_carry_the_same_function_and_come_back_bit_for_bit():
+    case = load_case("dit_paper_original")
+    config, params = import_dit(case.config, case.tensors)
+    original = export_dit_original(config, params, side=4)
+    assert original["x_embedder.proj.weight"].shape == (40, 4, 2, 2)
+    assert original["blocks.1.attn.qkv.weight"].shape == (120, 40)
+    again, back = import_dit_original(original, num_heads=2)
+    assert again == config
+    assert_bit_for_bit(flatten(back), flatten(params))
+    assert_bit_for_bit(export_dit_original(again, back, side=4), original)
+
+
+@needs_golden
+def test_wrong_tensors_are_named():
+    case = load_case("dit_paper_original")
+    renamed = dict(case.tensors)
+    renamed["pos_embed.prof.bias"] = renamed.pop("pos_embed.proj.bias")
+    with pytest.raises(UserError, match="pos_embed.proj.bias.*pos_embed.prof.bias"):
+        import_dit(case.config, renamed)
+    with pytest.raises(UserError, match=r"proj_out_2.bias is \(32,\), should be \(16,\)"):
+        import_dit({**case.config, "out_channels": 4}, case.tensors)
+    embedder = "norm1.emb.timestep_embedder.linear_1.bias"
+    apart = dict(case.tensors)
+    apart[f"transformer_blocks.1.{embedder}"] = apart[f"transformer_blocks.1.{embedder}"] + 1
+    with pytest.raises(UserError, match="transformer_blocks.1.*must share"):
+        import_dit(case.config, apart)
+
+
+@needs_layouts
+def test_dit_xl_2_fits_the_published_layout_and_the_papers_size():
+    published, shapes = load_layout("dit-xl-2-256")
+    config = config_from_dit(published)
+    params = jax.eval_shape(lambda x: import_dit(published, x)[1], structs(shapes))
+    native = {name: leaf.shape for name, leaf in flatten(params).items()}
+    assert native == parameter_shapes(config)
+    assert round(count(native), -5) == 674_800_000
+    exported = traced_shapes(lambda x: export_dit(config, unflatten(x)), native)
+    assert exported == shapes
