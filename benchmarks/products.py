@@ -24,7 +24,7 @@ WAYS = {
 
 
 def shapes(width: int, tokens: int):
-    """(name, shape of a, shape of b) of the products of a layer; rows of 256 tokens, heads of 64."""
+    """(name, shape of a, shape of b) of a layer's products; rows of 256 tokens, heads of 64."""
     rows, heads = tokens // 256, width // 64
     return [
         ("qkv", (tokens, width), (width, 3 * width)),
