@@ -114,8 +114,27 @@ def get_config(arg: str = "") -> ConfigDict:
         "block_shortcut": True,
         "in_channels": 3,
         "norm_eps": 1e-6,
+        "norm_groups": 0,
+        "upsample_halves": True,
+        "quant_convs": True,
     })
-    config.vae_loss = ConfigDict({"reconstruction": "l1", "kl_weight": 1e-3})
+    config.vae_loss = ConfigDict({
+        "reconstruction": "l1",  # l1 | l2 | charbonnier
+        "kl_weight": 1e-3,
+        "free_nats": 0.0,  # KL of a latent channel that costs nothing
+        "temporal_weight": 0.0,  # of the error of changes from frame to frame
+        "perceptual": "",  # lpips:FILE | distortion:FILE
+        "perceptual_weight": 0.0,
+        "perceptual_frames": 0,  # frames drawn of each clip for it; 0 = all
+        "adversarial": {
+            "weight": 0.0,  # 0 = no discriminator
+            "start_step": 0,
+            "adaptive": True,
+            "r1_weight": 0.0,
+            "learning_rate_scale": 1.0,
+            "discriminator": {"channels": 32, "levels": 3, "spectral_norm": False},
+        },
+    })
     config.pixels = ConfigDict({
         # one size a step, drawn by weight; batch counts clips
         "sizes": (

@@ -13,6 +13,7 @@ from sora_jax.data.moving_shapes.world import ShapesSpec
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pixel_batches import PixelConfig
 from sora_jax.data.video_folder.options import FolderOptions
+from sora_jax.models.discriminator import DiscriminatorConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.optim import OptimConfig
@@ -72,11 +73,44 @@ class DiffusionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdversarialConfig:
+    """The discriminator of the VAE's training; weight 0: there is none."""
+
+    weight: float = 0.0  # of the generator's loss; with `adaptive` against the reconstruction's
+    start_step: int = 0  # neither side learns from the other before
+    adaptive: bool = True
+    r1_weight: float = 0.0  # of the squared gradient at real pixels
+    learning_rate_scale: float = 1.0  # of the discriminator's rate over optim.learning_rate
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+    def __post_init__(self):
+        for name in ("weight", "start_step", "r1_weight", "learning_rate_scale"):
+            if getattr(self, name) < 0:
+                raise UserError(f"vae_loss.adversarial.{name} = {getattr(self, name)} must not be "
+                                "negative")
+
+
+@dataclasses.dataclass(frozen=True)
 class VAELossConfig:
-    """Reconstruction + KL."""
+    """Reconstruction + KL, and what may be added to them."""
 
     reconstruction: str  # "l1", "l2" or "charbonnier"
     kl_weight: float  # nats per latent value against the mean error per pixel value
+    free_nats: float = 0.0  # KL of a latent channel (mean per value) that costs nothing
+    temporal_weight: float = 0.0  # of the error of changes from frame to frame
+    perceptual: str = ""  # "lpips:FILE", "distortion:FILE" or "" (none); see tasks/perceptual.py
+    perceptual_weight: float = 0.0
+    perceptual_frames: int = 0  # frames drawn of each clip for it; 0 = all
+    adversarial: AdversarialConfig = AdversarialConfig()
+
+    def __post_init__(self):
+        for name in ("free_nats", "temporal_weight", "perceptual_weight", "perceptual_frames"):
+            if getattr(self, name) < 0:
+                raise UserError(f"vae_loss.{name} = {getattr(self, name)} must not be negative")
+        if bool(self.perceptual) != bool(self.perceptual_weight):
+            raise UserError(
+                f"vae_loss.perceptual = {self.perceptual!r} with perceptual_weight = "
+                f"{self.perceptual_weight}: give both, or leave both out")
 
 
 @dataclasses.dataclass(frozen=True)
