@@ -27,12 +27,13 @@ def config_with(start_step=0, num_steps=12, **adversarial):
     """A tiny VAE with a discriminator."""
     config = runpy.run_path(str(ROOT / "configs/vae.py"))["get_config"]("runlocal")
     config.num_steps, config.optim.warmup_steps = num_steps, 2
-    config.vae.encoder_dims = config.vae.decoder_dims = (4, 8, 8)
-    config.vae.block_shortcut = False
-    config.pixels.sizes = ({"frames": 5, "height": 16, "width": 16, "weight": 1.0, "batch": 8},)
+    config.vae.encoder_dims = config.vae.decoder_dims = (4, 4)
+    config.vae.temporal_downsample, config.vae.temporal_kernels = (True,), (1, 3)
+    config.vae.num_mid_blocks, config.vae.z_dim, config.vae.block_shortcut = 0, 4, False
+    config.pixels.sizes = ({"frames": 3, "height": 8, "width": 8, "weight": 1.0, "batch": 8},)
     config.vae_loss.temporal_weight, config.vae_loss.free_nats = 0.5, 0.1
     config.vae_loss.adversarial.update(weight=0.5, start_step=start_step, **adversarial)
-    config.vae_loss.adversarial.discriminator.channels = 4
+    config.vae_loss.adversarial.discriminator.update(channels=4, levels=2)
     return run_config.resolve(config)
 
 
@@ -46,7 +47,7 @@ def make(config, num_devices=1):
 
 
 def batch(step, mesh):
-    pixels = np.random.default_rng(step).uniform(-1, 1, (8, 5, 16, 16, 3)).astype(np.float32)
+    pixels = np.random.default_rng(step).uniform(-1, 1, (8, 3, 8, 8, 3)).astype(np.float32)
     return sharding.put_batch(
         {"pixels_BTHWC": pixels, vae_adversarial.STEP: np.full(8, step, np.int32)}, mesh)
 
@@ -115,7 +116,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_kernel():
     config = config_with()
     model = VideoVAE(config.vae)
     params = sharding.unbox(vae.init(config, model, jax.random.key(0)))
-    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 5, 16, 16, 3)).astype(np.float32)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 8, 8, 3)).astype(np.float32)
     seen = vae.forward(model, params, pixels, jax.random.key(1))
     functions = (lambda x: jnp.abs(x - pixels).mean(), lambda x: jnp.sin(3 * x).mean())
     kernel = params["decoder"]["conv_out"]["kernel"]
