@@ -135,6 +135,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "discriminator": {"channels": 32, "levels": 3, "spectral_norm": False},
         },
     })
+    config.features = ConfigDict({"channels": (16, 32, 48)})  # of configs/features.py
     config.pixels = ConfigDict({
         # one size a step, drawn by weight; batch counts clips
         "sizes": (
@@ -187,6 +188,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "num_loss_clips": 128,
         "loss_times": (0.1, 0.3, 0.5, 0.7, 0.9),
         "num_vae_clips": 64,
+        "vae_features": "pixel_statistics",  # of vae_frechet; or distortion:FILE
         "seed": 1_000_000,
     })
     if arg == "runlocal":

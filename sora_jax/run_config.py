@@ -14,12 +14,13 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pixel_batches import PixelConfig
 from sora_jax.data.video_folder.options import FolderOptions
 from sora_jax.models.discriminator import DiscriminatorConfig
+from sora_jax.models.distortion_net import DistortionNetConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.optim import OptimConfig
 from sora_jax.sharding import MeshConfig
 
-TASKS = ("diffusion", "vae")
+TASKS = ("diffusion", "vae", "features")
 DATASETS = ("moving_shapes", "video_folder")
 
 
@@ -136,6 +137,8 @@ class EvaluationConfig:
     loss_times: tuple[float, ...]
     num_vae_clips: int
     seed: int
+    # of vae_frechet: "pixel_statistics" or "distortion:FILE"
+    vae_features: str = "pixel_statistics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +162,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig
+    features: DistortionNetConfig = DistortionNetConfig()
 
 
 def resolve(mapping) -> RunConfig:
