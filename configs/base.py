@@ -117,8 +117,28 @@ def get_config(arg: str = "") -> ConfigDict:
         "product_dtype": "float32",
         "in_channels": 3,
         "norm_eps": 1e-6,
+        "norm_groups": 0,
+        "upsample_halves": True,
+        "quant_convs": True,
     })
-    config.vae_loss = ConfigDict({"reconstruction": "l1", "kl_weight": 1e-3})
+    config.vae_loss = ConfigDict({
+        "reconstruction": "l1",  # l1 | l2 | charbonnier
+        "kl_weight": 1e-3,
+        "free_nats": 0.0,  # KL of a latent channel that costs nothing
+        "temporal_weight": 0.0,  # of the error of changes from frame to frame
+        "perceptual": "",  # lpips:FILE | distortion:FILE
+        "perceptual_weight": 0.0,
+        "perceptual_frames": 0,  # frames drawn of each clip for it; 0 = all
+        "adversarial": {
+            "weight": 0.0,  # 0 = no discriminator
+            "start_step": 0,
+            "adaptive": True,
+            "r1_weight": 0.0,
+            "learning_rate_scale": 1.0,
+            "discriminator": {"channels": 32, "levels": 3, "spectral_norm": False},
+        },
+    })
+    config.features = ConfigDict({"channels": (16, 32, 48)})  # of configs/features.py
     config.pixels = ConfigDict({
         # one size a step, drawn by weight; batch counts clips
         "sizes": (
@@ -179,6 +199,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "num_loss_clips": 128,
         "loss_times": (0.1, 0.3, 0.5, 0.7, 0.9),
         "num_vae_clips": 64,
+        "vae_features": "pixel_statistics",  # of vae_frechet; or distortion:FILE
         "seed": 1_000_000,
     })
     if arg == "runlocal":

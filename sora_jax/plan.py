@@ -14,8 +14,8 @@ from sora_jax.train_step import make_step, state_functions
 def show(config: RunConfig) -> dict[str, float]:
     """Compiles the train step for the mesh and prints parameters, bytes and FLOPs per step."""
     mesh = sharding.make_mesh(config.mesh)
-    tx = optim.make_optimizer(config.optim, config.num_steps)
     task, batch = registry.outline(config)
+    tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)
     _, abstract, shardings = state_functions(config, task, tx, mesh)
     print(sharding.describe(abstract.params, shardings.params))
     for name, leaf in batch.items():

@@ -16,12 +16,14 @@ from sora_jax.data.pixel_batches import PixelConfig
 from sora_jax.data.video_folder.options import FolderOptions
 from sora_jax.diffusion.grids import FLOW_SPACINGS
 from sora_jax.diffusion.solvers import SAMPLERS
+from sora_jax.models.discriminator import DiscriminatorConfig
+from sora_jax.models.distortion_net import DistortionNetConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.optim import OptimConfig
 from sora_jax.sharding import MeshConfig
 
-TASKS = ("diffusion", "vae")
+TASKS = ("diffusion", "vae", "features")
 DATASETS = ("moving_shapes", "video_folder")
 
 
@@ -75,11 +77,44 @@ class DiffusionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdversarialConfig:
+    """The discriminator of the VAE's training; weight 0: there is none."""
+
+    weight: float = 0.0  # of the generator's loss; with `adaptive` against the reconstruction's
+    start_step: int = 0  # neither side learns from the other before
+    adaptive: bool = True
+    r1_weight: float = 0.0  # of the squared gradient at real pixels
+    learning_rate_scale: float = 1.0  # of the discriminator's rate over optim.learning_rate
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+    def __post_init__(self):
+        for name in ("weight", "start_step", "r1_weight", "learning_rate_scale"):
+            if getattr(self, name) < 0:
+                raise UserError(f"vae_loss.adversarial.{name} = {getattr(self, name)} must not be "
+                                "negative")
+
+
+@dataclasses.dataclass(frozen=True)
 class VAELossConfig:
-    """Reconstruction + KL."""
+    """Reconstruction + KL, and what may be added to them."""
 
     reconstruction: str  # "l1", "l2" or "charbonnier"
     kl_weight: float  # nats per latent value against the mean error per pixel value
+    free_nats: float = 0.0  # KL of a latent channel (mean per value) that costs nothing
+    temporal_weight: float = 0.0  # of the error of changes from frame to frame
+    perceptual: str = ""  # "lpips:FILE", "distortion:FILE" or "" (none); see tasks/perceptual.py
+    perceptual_weight: float = 0.0
+    perceptual_frames: int = 0  # frames drawn of each clip for it; 0 = all
+    adversarial: AdversarialConfig = AdversarialConfig()
+
+    def __post_init__(self):
+        for name in ("free_nats", "temporal_weight", "perceptual_weight", "perceptual_frames"):
+            if getattr(self, name) < 0:
+                raise UserError(f"vae_loss.{name} = {getattr(self, name)} must not be negative")
+        if bool(self.perceptual) != bool(self.perceptual_weight):
+            raise UserError(
+                f"vae_loss.perceptual = {self.perceptual!r} with perceptual_weight = "
+                f"{self.perceptual_weight}: give both, or leave both out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +176,8 @@ class EvaluationConfig:
     loss_times: tuple[float, ...]
     num_vae_clips: int
     seed: int
+    # of vae_frechet: "pixel_statistics" or "distortion:FILE"
+    vae_features: str = "pixel_statistics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +201,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig
+    features: DistortionNetConfig = DistortionNetConfig()
 
 
 def resolve(mapping) -> RunConfig:

@@ -59,8 +59,8 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
     Returns the exit code: None at the end, stopping.EXIT_STOPPED after SIGTERM (state saved).
     """
     mesh = sharding.make_mesh(config.mesh)
-    tx = optim.make_optimizer(config.optim, config.num_steps)
     task = registry.build(config, workdir)
+    tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)
     init_state, abstract, shardings = state_functions(config, task, tx, mesh)
     step_fn = make_step(config, task, tx, mesh, shardings)
     stop = stopping.StopFlag()

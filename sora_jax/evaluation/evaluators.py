@@ -5,18 +5,21 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sora_jax import metrics
 from sora_jax.core.rng import stream
-from sora_jax.data import pipeline
+from sora_jax.data import pipeline, pixel_batches
 from sora_jax.data.clip_plan import clip_plan
-from sora_jax.evaluation.pixel_metrics import psnr, ssim
+from sora_jax.evaluation import reconstruction
 from sora_jax.evaluation.prompt_match import prompt_match
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import diffusion, latents
 from sora_jax.tasks.datasets import open_dataset
+from sora_jax.tasks.perceptual import clip_features
 from sora_jax.weights.vae_files import FrozenVAE, load_vae
+
+CLIPS_FILE = "vae_clips.json"
+FEATURE_BATCHES = 16
 
 
 def evaluate_and_write(config: RunConfig, params, step: int, workdir: str) -> dict:
@@ -71,7 +74,9 @@ def validation_loss(config: RunConfig, model, data_std, params, held_out) -> flo
 
 
 def vae_reconstruction(config: RunConfig, vae: FrozenVAE, workdir: str) -> dict[str, float]:
-    """vae_psnr (dB) and vae_ssim: means over held-out clips of encoding and decoding them."""
+    """Means over held-out clips of encoding and decoding them: vae_psnr (dB), vae_ssim,
+    vae_flicker (pixel values), and vae_frechet over config.evaluation.vae_features. WORKDIR/
+    vae_clips.json has them per clip and per resolution."""
     if not config.evaluation.num_vae_clips:
         return {}
     source = open_dataset(config.data, workdir, "held_out")
@@ -82,15 +87,25 @@ def vae_reconstruction(config: RunConfig, vae: FrozenVAE, workdir: str) -> dict[
         plan[: config.evaluation.num_vae_clips], config.data.max_frames,
         config.latents.batch_pixels,
     )
-    psnrs, ssims = [], []
+    rows, features, others = [], [], []
+    describe = clip_features(config.evaluation.vae_features)
     for batch, clips in latents.decoded_ahead(source, batches):
-        pixels = [pixels_THWC for *_, pixels_THWC in clips if pixels_THWC is not None]
-        if not pixels:
+        read = [(item, record, x) for item, record, x in clips if x is not None]
+        if not read:
             continue
-        again = latents.decode(vae, latents.encode(vae, pixels, batch))
-        psnrs += [psnr(one, other) for one, other in zip(pixels, again, strict=True)]
-        ssims += [ssim(one, other) for one, other in zip(pixels, again, strict=True)]
-    return {"vae_psnr": float(np.mean(psnrs)), "vae_ssim": float(np.mean(ssims))}
+        again = latents.decode(vae, latents.encode(vae, [x for *_, x in read], batch))
+        for (item, record, pixels_THWC), again_THWC in zip(read, again, strict=True):
+            rows.append(reconstruction.clip_figures(
+                f"{record.id}[{item.window.start_frame}]", again_THWC, pixels_THWC))
+            features.append(describe(again_THWC))
+            others.append(describe(pixels_THWC))
+    content = reconstruction.report(
+        rows, features, others, features_name=config.evaluation.vae_features,
+        about={"dataset": config.data.dataset, "data_fingerprint": source.fingerprint,
+               "split": "held_out", "vae": vae.digest, "dtype": "float32"})
+    reconstruction.write_report(f"{workdir}/{CLIPS_FILE}", content)
+    return {f"vae_{name}": value for name, value in content["all"].items()
+            if value is not None and name != "num_clips"}
 
 
 def evaluate_vae(config: RunConfig, params, workdir: str) -> dict[str, float]:
@@ -101,4 +116,19 @@ def evaluate_vae(config: RunConfig, params, workdir: str) -> dict[str, float]:
     return vae_reconstruction(config, frozen, workdir)
 
 
-EVALUATORS = {"diffusion": evaluate_diffusion, "vae": evaluate_vae}
+def evaluate_features(config: RunConfig, params, workdir: str) -> dict[str, float]:
+    """held_out_accuracy: share of distortions of held-out clips that are named right."""
+    from sora_jax.tasks import features as features_task
+
+    source = open_dataset(config.data, workdir, "held_out")
+    loader = pixel_batches.pixel_batches(
+        source, config.pixels, config.evaluation.seed, FEATURE_BATCHES, num_threads=0)
+    error_fn = jax.jit(features_task.loss, static_argnums=0)
+    accuracies = [
+        float(error_fn(config, params, batch, stream(config.evaluation.seed, "features", i))[1][
+            "accuracy"]) for i, batch in enumerate(loader.iterate())]
+    return {"held_out_accuracy": sum(accuracies) / max(1, len(accuracies))}
+
+
+EVALUATORS = {
+    "diffusion": evaluate_diffusion, "vae": evaluate_vae, "features": evaluate_features}

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 Params = Any
 
@@ -19,7 +20,7 @@ class Task:
     the progress line. A batch is a dict of numpy arrays whose first axis is divided over the mesh.
     `batches(start_step)` yields the process's part of batch start_step, start_step + 1, ...: a pure
     function of the step. `sample` and `finish` (once, after the last step) write files into a
-    workdir and return their paths.
+    workdir and return their paths. `optimizer`: None takes that of config.optim for everything.
     """
 
     name: str
@@ -28,3 +29,4 @@ class Task:
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]] = lambda start_step: iter(())
     sample: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
     finish: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
+    optimizer: optax.GradientTransformation | None = None

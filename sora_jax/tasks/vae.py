@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,10 @@ from sora_jax.data.sources import Source
 from sora_jax.models.vae_blocks_linear import fold_blocks
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.run_config import RunConfig
+from sora_jax.tasks import vae_adversarial, vae_losses
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.datasets import open_dataset
+from sora_jax.tasks.perceptual import perceptual_distance
 from sora_jax.tasks.task import Task
 from sora_jax.weights.vae_files import FrozenVAE, load_vae, save_vae, to_float
 
@@ -41,27 +44,28 @@ def build(config: RunConfig, workdir: str) -> Task:
     if config.vae.block_shortcut:
         blocks = functools.cache(functools.partial(training_blocks, config, train))
         make_params = functools.partial(init_from_blocks, config, model, blocks)
-    return Task(
+    return completed(config, model, Task(
         name="vae",
         init=make_params,
-        loss=functools.partial(loss, config, model),
+        loss=None,
         batches=loader.iterate,
         sample=functools.partial(write_reconstructions, config, train, held_out),
         finish=functools.partial(write_weights, config, train),
-    )
+    ))
 
 
 def outline(config: RunConfig) -> tuple[Task, dict]:
     """Init and loss without any data, and a batch of the largest size of training."""
     check(config)
     model = VideoVAE(config.vae)
-    task = Task(
-        name="vae",
-        init=functools.partial(init, config, model), loss=functools.partial(loss, config, model),
-    )
+    task = completed(config, model, Task(
+        name="vae", init=functools.partial(init, config, model), loss=None))
     size = max(config.pixels.sizes, key=lambda s: s.batch * s.frames * s.height * s.width)
     shape = (size.batch, size.frames, size.height, size.width, config.vae.in_channels)
-    return task, {"pixels_BTHWC": np.zeros(shape, np.float32)}
+    batch = {"pixels_BTHWC": np.zeros(shape, np.float32)}
+    if vae_adversarial.used(config):
+        batch[vae_adversarial.STEP] = np.zeros(size.batch, np.int32)
+    return task, batch
 
 
 def check(config: RunConfig) -> None:
@@ -73,9 +77,9 @@ def check(config: RunConfig) -> None:
             raise UserError(f"config.pixels.sizes, {size}: {error}") from None
     if config.vae_loss.kl_weight < 0:
         raise UserError(f"vae_loss.kl_weight = {config.vae_loss.kl_weight} must not be negative")
-    if config.vae_loss.reconstruction not in RECONSTRUCTION:
+    if config.vae_loss.reconstruction not in vae_losses.RECONSTRUCTION:
         raise UserError(f"vae_loss.reconstruction = {config.vae_loss.reconstruction!r} is unknown; "
-                        f"allowed: {', '.join(RECONSTRUCTION)}")
+                        f"allowed: {', '.join(vae_losses.RECONSTRUCTION)}")
 
 
 def init(config: RunConfig, model: VideoVAE, key):
@@ -131,40 +135,66 @@ def statistics_batches(config: RunConfig, train: Source):
         train, config.pixels, config.seed, STATISTICS_BATCHES, num_threads=0).iterate()
 
 
-# Error of a pixel value; pixels are in [-1, 1].
-RECONSTRUCTION = {
-    "l1": jnp.abs,
-    "l2": jnp.square,
-    "charbonnier": lambda difference: jnp.sqrt(jnp.square(difference) + 1e-3**2),
-}
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A batch and what the VAE makes of it; last is the input of the decoder's last layer."""
+
+    pixels_BTHWC: jax.Array
+    mean_BTHWC: jax.Array
+    logvar_BTHWC: jax.Array
+    again_BTHWC: jax.Array
+    last_BTHWC: jax.Array
 
 
-def loss(config: RunConfig, model: VideoVAE, params, batch: dict, key):
-    """Mean error of a pixel value + kl_weight * mean KL of a latent value, and scalars of the
-    batch: kl (nats), psnr (dB), posterior_std (of a latent value)."""
-    pixels_BTHWC = to_float(batch["pixels_BTHWC"])
+def forward(model: VideoVAE, params, pixels_BTHWC, key) -> Forward:
+    """Encodes, draws latents from the posterior, decodes."""
+    pixels_BTHWC = to_float(pixels_BTHWC)
     mean_BTHWC, logvar_BTHWC = model.apply({"params": params}, pixels_BTHWC, method="encode")
     logvar_BTHWC = jnp.clip(logvar_BTHWC, *_LOGVAR_RANGE)
-    std_BTHWC = jnp.exp(0.5 * logvar_BTHWC)
-    latents_BTHWC = mean_BTHWC + std_BTHWC * jax.random.normal(key, mean_BTHWC.shape)
-    difference_BTHWC = (
-        model.apply({"params": params}, latents_BTHWC, method="decode") - pixels_BTHWC)
-    error = RECONSTRUCTION[config.vae_loss.reconstruction](difference_BTHWC).mean()
-    kl = kl_to_standard_normal(mean_BTHWC, logvar_BTHWC).mean()
-    return error + config.vae_loss.kl_weight * kl, {
-        "kl": kl,
-        "psnr": 10 * jnp.log10(4 / jnp.maximum(jnp.square(difference_BTHWC).mean(), 1e-10)),
-        "posterior_std": std_BTHWC.mean(),
-        "num_clips": len(pixels_BTHWC),
+    latents_BTHWC = (
+        mean_BTHWC + jnp.exp(0.5 * logvar_BTHWC) * jax.random.normal(key, mean_BTHWC.shape))
+    again_BTHWC, kept = model.apply(
+        {"params": params}, latents_BTHWC, method="decode", mutable=["intermediates"],
+        capture_intermediates=lambda module, _: module.name == "norm_out")
+    last_BTHWC = nn.silu(kept["intermediates"]["decoder"]["norm_out"]["__call__"][0])
+    return Forward(pixels_BTHWC, mean_BTHWC, logvar_BTHWC, again_BTHWC, last_BTHWC)
+
+
+def losses(config: RunConfig, perceptual, seen: Forward, key):
+    """(loss of the reconstruction, weighted KL, scalars of the batch): kl (nats), psnr (dB),
+    posterior_std (of a latent value), and the terms of vae_losses.pixel_terms."""
+    pixel_loss, scalars = vae_losses.pixel_terms(
+        config.vae_loss, perceptual, seen.again_BTHWC, seen.pixels_BTHWC,
+        jax.random.fold_in(key, 1))
+    kl_BTHWC = vae_losses.kl_to_standard_normal(seen.mean_BTHWC, seen.logvar_BTHWC)
+    square = jnp.square(seen.again_BTHWC - seen.pixels_BTHWC).mean()
+    kl_loss = config.vae_loss.kl_weight * vae_losses.kl_with_free_nats(
+        kl_BTHWC, config.vae_loss.free_nats)
+    return pixel_loss, kl_loss, {
+        **scalars,
+        "kl": kl_BTHWC.mean(),
+        "psnr": 10 * jnp.log10(4 / jnp.maximum(square, 1e-10)),
+        "posterior_std": jnp.exp(0.5 * seen.logvar_BTHWC).mean(),
+        "num_clips": len(seen.pixels_BTHWC),
     }
 
 
-def kl_to_standard_normal(mean, logvar):
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, per value.
+def loss(config: RunConfig, model: VideoVAE, perceptual, params, batch: dict, key):
+    """Loss of the reconstruction + kl_weight * mean KL of a latent value, and scalars."""
+    seen = forward(model, params, batch["pixels_BTHWC"], key)
+    pixel_loss, kl_loss, scalars = losses(config, perceptual, seen, key)
+    return pixel_loss + kl_loss, scalars
 
-    Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", appendix B.
-    """
-    return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
+
+def completed(config: RunConfig, model: VideoVAE, task: Task) -> Task:
+    """The task with its loss, and with a discriminator where there is one."""
+    perceptual = perceptual_distance(config.vae_loss.perceptual)
+    task = dataclasses.replace(task, loss=functools.partial(loss, config, model, perceptual))
+    if not vae_adversarial.used(config):
+        return task
+    return vae_adversarial.with_discriminator(
+        config, task, functools.partial(forward, model),
+        functools.partial(losses, config, perceptual))
 
 
 def freeze(config: RunConfig, params, workdir: str) -> FrozenVAE:
@@ -174,7 +204,7 @@ def freeze(config: RunConfig, params, workdir: str) -> FrozenVAE:
 
 def freeze_with(config: RunConfig, train: Source, params) -> FrozenVAE:
     """`freeze` on an open dataset."""
-    params = jax.tree.map(jnp.asarray, jax.device_get(params))
+    params = jax.tree.map(jnp.asarray, jax.device_get(vae_adversarial.vae_params(params)))
     mean_C, std_C, channel_std_C = latent_statistics(config, train, params)
     return FrozenVAE(config.vae, params, "in training", mean_C, std_C, {}, channel_std_C)
 
