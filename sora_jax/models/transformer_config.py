@@ -171,6 +171,27 @@ class TransformerConfig:
         return self.time_width or self.width
 
     @property
+    def shares_streams(self) -> bool:
+        """One set of weights for a clip's tokens and its text in one sequence."""
+        return self.text == "joint" and self.streams == "shared"
+
+    @property
+    def num_sublayers(self) -> int:
+        """Modulated parts of a block: attention (twice in space_and_time) and MLP."""
+        return 3 if self.layout == "space_and_time" else 2
+
+    @property
+    def modulation_parts(self) -> int:
+        """Shift and scale, and a gate."""
+        return 3 if self.gates else 2
+
+    @property
+    def modulation_width(self) -> int:
+        """Per block, in the order (sub-layer, stream, part) where streams share weights."""
+        per_stream = self.modulation_parts * self.num_sublayers * self.width
+        return per_stream * (2 if self.shares_streams else 1)
+
+    @property
     def kv_width(self) -> int:
         """Width of the text that blocks see."""
         return self.text_width if self.text_proj == "none" else self.width

@@ -10,7 +10,8 @@ import numpy as np
 from sora_jax.core.errors import UserError
 from sora_jax.models.transformer_config import TransformerConfig
 from sora_jax.models.transformer_sizes import dit_config
-from sora_jax.weights.tables import Rule, dense
+from sora_jax.weights.rules import Rule
+from sora_jax.weights.tables import dense, patch_kernel, rule
 from sora_jax.weights.transformer_weights import export_transformer, import_transformer
 
 FIXED_POSITIONS = "pos_embed"
@@ -40,10 +41,10 @@ def diffusers_rules(config: TransformerConfig) -> list[Rule]:
     """The table of diffusers' names."""
     layers, side = config.num_layers, config.patch[1:]
     block, embed = "transformer_blocks.{}", "transformer_blocks.{}.norm1.emb"
-    rules = dense("patch_in", "pos_embed.proj", form="patch", patch=side)
+    rules = dense("patch_in", "pos_embed.proj", kernel=patch_kernel(side))
     for i, native in ((1, "time_in"), (2, "time_out")):
         rules += dense(native, f"{embed}.timestep_embedder.linear_{i}", copies=layers)
-    rules.append(Rule("label_table", (f"{embed}.class_embedder.embedding_table.weight",),
+    rules.append(rule("label_table", f"{embed}.class_embedder.embedding_table.weight",
                       copies=layers))
     for native, names in (
             ("mod", ("norm1.linear",)), ("qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
@@ -56,9 +57,9 @@ def diffusers_rules(config: TransformerConfig) -> list[Rule]:
 def original_rules(config: TransformerConfig) -> list[Rule]:
     """The table of the original names, without the fixed positions."""
     layers = config.num_layers
-    rules = dense("patch_in", "x_embedder.proj", form="patch", patch=config.patch[1:])
+    rules = dense("patch_in", "x_embedder.proj", kernel=patch_kernel(config.patch[1:]))
     rules += dense("time_in", "t_embedder.mlp.0") + dense("time_out", "t_embedder.mlp.2")
-    rules.append(Rule("label_table", ("y_embedder.embedding_table.weight",)))
+    rules.append(rule("label_table", "y_embedder.embedding_table.weight"))
     for native, name in (("mod", "adaLN_modulation.1"), ("qkv", "attn.qkv"), ("out", "attn.proj"),
                          ("mlp_in", "mlp.fc1"), ("mlp_out", "mlp.fc2")):
         rules += dense(f"blocks.{native}", f"blocks.{{}}.{name}", layers=layers)
@@ -69,7 +70,7 @@ def original_rules(config: TransformerConfig) -> list[Rule]:
 def import_dit(published: dict, tensors: dict, frequency_shift: float = 0.0):
     """(native config, nested parameters) of weights under diffusers' names."""
     config = config_from_dit(published, frequency_shift)
-    return config, import_transformer(diffusers_rules(config), config, tensors, "DiT")
+    return config, import_transformer(diffusers_rules(config), config, tensors, "this DiT")
 
 
 def export_dit(config: TransformerConfig, params: dict) -> dict:
@@ -101,7 +102,7 @@ def import_dit_original(tensors: dict, num_heads: int = 16):
         if given.shape != wanted.shape or np.abs(given - wanted).max() > POSITION_TOLERANCE:
             raise UserError(f"{FIXED_POSITIONS} {given.shape} is not the fixed 2-D sine and cosine "
                             "table that this model has")
-    return config, import_transformer(original_rules(config), config, tensors, "original DiT")
+    return config, import_transformer(original_rules(config), config, tensors, "this original DiT")
 
 
 def export_dit_original(config: TransformerConfig, params: dict, side: int) -> dict:

@@ -7,7 +7,8 @@ import dataclasses
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.transformer_config import TransformerConfig
-from sora_jax.weights.tables import Rule, dense, export_tensors, import_tensors, norm
+from sora_jax.weights.rules import Rule, export_tensors, import_tensors
+from sora_jax.weights.tables import dense, norm
 from sora_jax.weights.transformer_weights import parameter_shapes
 from sora_jax.weights.vae_files import flatten, unflatten
 
@@ -64,7 +65,7 @@ def block_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 def import_mmdit_block(published: dict, tensors: dict):
     """(native config, nested parameters of one `TransformerBlock`)."""
     config = config_from_mmdit(published)
-    flat = import_tensors(mmdit_rules(config), tensors, block_shapes(config), "MM-DiT block")
+    flat = import_tensors(mmdit_rules(config), tensors, block_shapes(config), "this MM-DiT block")
     return config, unflatten(flat)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sora_jax.models.transformer import Transformer
 from sora_jax.models.transformer_config import TransformerConfig
-from sora_jax.weights.tables import Rule, export_tensors, import_tensors
+from sora_jax.weights.rules import Rule, export_tensors, import_tensors
 from sora_jax.weights.vae_files import flatten, unflatten
 
 
@@ -36,9 +36,9 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     return {name: box.value.shape for name, box in flatten(shapes["params"]).items()}
 
 
-def import_transformer(rules: list[Rule], config: TransformerConfig, tensors: dict, what: str):
+def import_transformer(rules: list[Rule], config: TransformerConfig, tensors: dict, where: str):
     """Native nested parameters of published tensors; raises UserError as `import_tensors` does."""
-    return unflatten(import_tensors(rules, tensors, parameter_shapes(config), what))
+    return unflatten(import_tensors(rules, tensors, parameter_shapes(config), where))
 
 
 def export_transformer(rules: list[Rule], params: dict) -> dict:
