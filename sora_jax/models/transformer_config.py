@@ -49,7 +49,8 @@ class TransformerConfig:
       clip's text joins its condition.
     image_width: of image tokens with keys and values of their own in cross-attention; 0: none.
     position: added to the tokens; "learned" has a row per place of `position_grid` (t, h, w),
-      "factorised" one per coordinate; `position_divisor` divides the coordinates of sincos3d.
+      "factorised" one per coordinate (fixed kinds know no end: there it is the size trained at);
+      `position_divisor` divides the coordinates of sincos3d.
     rope: rotary positions; rope_split: widths of (t, h, w) in a head, empty for Wan's thirds.
     layout: who sees whom inside a clip, see `attention_layouts`; num_space_layers for
       "space_then_time", window (latent frames in patches) for "window".

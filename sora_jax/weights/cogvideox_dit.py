@@ -6,6 +6,8 @@ shared weights and modulation of its own. 2B adds fixed 3-D positions, 5B rotate
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.transformer_config import TransformerConfig
+from sora_jax.weights import transformer_weights
+from sora_jax.weights.registry import Family
 from sora_jax.weights.rules import LINEAR, SAME, Rule
 from sora_jax.weights.tables import channels_first, dense, norm, patch_kernel
 from sora_jax.weights.transformer_weights import export_transformer, import_transformer
@@ -40,8 +42,9 @@ def config_from_cogvideox(published: dict) -> TransformerConfig:
         rope_split=(head_width // 4, head_width // 8 * 3, head_width // 8 * 3) if rope else ())
 
 
-def cogvideox_rules(config: TransformerConfig) -> list[Rule]:
-    """The table of diffusers' names."""
+def cogvideox_rules(config: TransformerConfig, names=()) -> list[Rule]:
+    """The table of diffusers' names; `names` of a file change nothing."""
+    del names
     layers, side, block = config.num_layers, config.patch[1:], "transformer_blocks.{}"
     rules = (dense("patch_in", "patch_embed.proj", kernel=patch_kernel(side))
              + dense("text_proj_in", "patch_embed.text_proj")
@@ -71,3 +74,17 @@ def import_cogvideox_dit(published: dict, tensors: dict):
 def export_cogvideox_dit(config: TransformerConfig, params: dict) -> dict:
     """Published tensors; the inverse of `import_cogvideox_dit`."""
     return export_transformer(cogvideox_rules(config), params)
+
+
+def _recognises(published: dict, names) -> bool:
+    if published:
+        return published.get("_class_name") == "CogVideoXTransformer3DModel"
+    return "patch_embed.text_proj.weight" in names
+
+
+FAMILY = Family(
+    name="cogvideox_dit", file_name=transformer_weights.FILE_NAME,
+    format=transformer_weights.FORMAT,
+    recognises=_recognises, config=lambda published, shapes: config_from_cogvideox(published),
+    publish=None, rules=cogvideox_rules, shapes=transformer_weights.parameter_shapes,
+    card=transformer_weights.no_more, from_card=transformer_weights.from_card)

@@ -7,6 +7,8 @@ image tokens, and TI2V, whose times are per token). A Wan 2.2 A14B model is two 
 from sora_jax.core.errors import UserError
 from sora_jax.models.positions import rotary_split
 from sora_jax.models.transformer_config import TransformerConfig
+from sora_jax.weights import transformer_weights
+from sora_jax.weights.registry import Family
 from sora_jax.weights.rules import Rule
 from sora_jax.weights.tables import dense, flat_table, norm, patch_kernel, rule
 from sora_jax.weights.transformer_weights import export_transformer, import_transformer
@@ -38,8 +40,9 @@ def config_from_wan_dit(published: dict) -> TransformerConfig:
         text_proj="mlp", image_width=image_width, rope_split=rotary_split(head_width))
 
 
-def wan_rules(config: TransformerConfig) -> list[Rule]:
-    """The table of diffusers' names."""
+def wan_rules(config: TransformerConfig, names=()) -> list[Rule]:
+    """The table of diffusers' names; `names` of a file change nothing."""
+    del names
     layers, embed = config.num_layers, "condition_embedder"
     rules = dense("patch_in", "patch_embedding", kernel=patch_kernel(config.patch))
     for native, name in (
@@ -93,3 +96,16 @@ def import_wan_dit(published: dict, tensors: dict):
 def export_wan_dit(config: TransformerConfig, params: dict) -> dict:
     """Published tensors; the inverse of `import_wan_dit`."""
     return export_transformer(wan_rules(config), params)
+
+
+def _recognises(published: dict, names) -> bool:
+    if published:
+        return published.get("_class_name") == "WanTransformer3DModel"
+    return "condition_embedder.time_proj.weight" in names
+
+
+FAMILY = Family(
+    name="wan_dit", file_name=transformer_weights.FILE_NAME, format=transformer_weights.FORMAT,
+    recognises=_recognises, config=lambda published, shapes: config_from_wan_dit(published),
+    publish=None, rules=wan_rules, shapes=transformer_weights.parameter_shapes,
+    card=transformer_weights.no_more, from_card=transformer_weights.from_card)
