@@ -162,14 +162,17 @@ class Transformer(nn.Module):
         config = self.config
         if config.modulation != "table":
             return None, None
-        count = 3 if config.layout == "space_and_time" else 2
-        size = (3 if config.gates else 2) * count * config.width
 
-        def make(name, x):
-            return Linear(size, ("embed", "modulation"), init=INIT_ZERO, name=name)(nn.silu(x))
+        def source(name):
+            return Linear(config.modulation_width, ("embed", "modulation"), init=INIT_ZERO,
+                          name=name)
 
-        shared = make("time_mod", condition)
-        return shared, make("text_time_mod", per_clip) if config.text == "joint" else None
+        first = source("time_mod")
+        shared = first(nn.silu(condition))
+        if config.text != "joint":
+            return shared, None
+        second = first if config.shares_streams else source("text_time_mod")
+        return shared, second(nn.silu(per_clip))
 
     def image_tokens(self, batch, dtype):
         """Image tokens (B, L, width) for cross-attention. Source: Wan 2.1 image to video."""

@@ -83,29 +83,30 @@ class TransformerBlock(nn.Module):
     def modulations(self, context):
         """Per sub-layer, for the clip's tokens and the text's: (shift, scale, gate) or None."""
         config = self.config
-        count = 3 if config.layout == "space_and_time" else 2
+        size, parts = config.modulation_width, config.modulation_parts
+        linear, joint = config.modulation == "linear", config.text == "joint"
         if config.modulation == "none":
-            return [(None, None)] * count
-        parts = 3 if config.gates else 2
+            return [(None, None)] * config.num_sublayers
 
-        def chunks(name, condition, shared, member):
-            size = parts * count * config.width
-            if config.modulation == "table":
-                table = self.param(
-                    f"{name}_table", nn.with_logical_partitioning(INIT_ZERO, ("modulation",)),
-                    (size,), jnp.float32)
-                mod = spread(shared + table.astype(shared.dtype), member)
-            else:
-                dense = Linear(size, ("embed", "modulation"), init=INIT_ZERO, name=name)
-                mod = spread(dense(nn.silu(condition)), member)
-            chunk = jnp.split(mod, parts * count, axis=-1)
-            return [chunk[i * parts:(i + 1) * parts] for i in range(count)]
+        def source(name):
+            if linear:
+                return Linear(size, ("embed", "modulation"), init=INIT_ZERO, name=name)
+            init = nn.with_logical_partitioning(INIT_ZERO, ("modulation",))
+            return self.param(f"{name}_table", init, (size,), jnp.float32)
 
-        own = chunks("mod", context.condition, context.table, context.member_BNS)
-        if config.text != "joint":
+        def chunks(weights, condition, shared, member):
+            mod = weights(nn.silu(condition)) if linear else shared + weights.astype(shared.dtype)
+            mod = jnp.split(spread(mod, member), size // config.width, axis=-1)
+            return [mod[i:i + parts] for i in range(0, len(mod), parts)]
+
+        weights = source("mod")
+        own = chunks(weights, context.condition, context.table, context.member_BNS)
+        if not joint:
             return [(mod, None) for mod in own]
-        texts = chunks("text_mod", context.text_condition_BSD, context.text_table,
-                       context.text_member_BMS)
+        texts = chunks(weights if config.shares_streams else source("text_mod"),
+                       context.text_condition_BSD, context.text_table, context.text_member_BMS)
+        if config.shares_streams:
+            own, texts = own[0::2], texts[1::2]
         return list(zip(own, texts, strict=True))
 
     def self_attend(self, x, text, segment, prefix, mods, context):
@@ -174,9 +175,9 @@ class TransformerBlock(nn.Module):
     def paired(self, make, name):
         """Modules for the clip's tokens and for the text's: the same where weights are shared."""
         own = make(name)
-        if self.config.text != "joint" or self.config.streams == "shared":
-            return own, own
-        return own, make(f"text_{name}")
+        if self.config.text == "joint" and not self.config.shares_streams:
+            return own, make(f"text_{name}")
+        return own, own
 
     def linear(self, features, axes, name, use_bias=True, init=INIT_LINEAR):
         return Linear(features, axes, use_bias=use_bias, init=init, name=name)

@@ -49,7 +49,8 @@ class TransformerConfig:
       clip's text joins its condition.
     image_width: of image tokens with keys and values of their own in cross-attention; 0: none.
     position: added to the tokens; "learned" has a row per place of `position_grid` (t, h, w),
-      "factorised" one per coordinate; `position_divisor` divides the coordinates of sincos3d.
+      "factorised" one per coordinate (fixed kinds know no end: there it is the size trained at);
+      `position_divisor` divides the coordinates of sincos3d.
     rope: rotary positions; rope_split: widths of (t, h, w) in a head, empty for Wan's thirds.
     layout: who sees whom inside a clip, see `attention_layouts`; num_space_layers for
       "space_then_time", window (latent frames in patches) for "window".
@@ -169,6 +170,27 @@ class TransformerConfig:
     def condition_width(self) -> int:
         """Width of a clip's condition."""
         return self.time_width or self.width
+
+    @property
+    def shares_streams(self) -> bool:
+        """One set of weights for a clip's tokens and its text in one sequence."""
+        return self.text == "joint" and self.streams == "shared"
+
+    @property
+    def num_sublayers(self) -> int:
+        """Modulated parts of a block: attention (twice in space_and_time) and MLP."""
+        return 3 if self.layout == "space_and_time" else 2
+
+    @property
+    def modulation_parts(self) -> int:
+        """Shift and scale, and a gate."""
+        return 3 if self.gates else 2
+
+    @property
+    def modulation_width(self) -> int:
+        """Per block, in the order (sub-layer, stream, part) where streams share weights."""
+        per_stream = self.modulation_parts * self.num_sublayers * self.width
+        return per_stream * (2 if self.shares_streams else 1)
 
     @property
     def kv_width(self) -> int:

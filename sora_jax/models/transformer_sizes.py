@@ -47,10 +47,9 @@ def multiply_adds(config: TransformerConfig, shape: tuple[int, int, int], num_te
         per_block += num_tokens * 2 * width * width + 2 * num_tokens * num_text * width
         per_block += num_text * 2 * config.kv_width * width
         per_block += num_image * 2 * width * width + 2 * num_tokens * num_image * width
-    attentions = 2 if config.layout == "space_and_time" else 1
-    per_block += attentions * tokens * 4 * width * width
-    chunks = (3 if config.gates else 2) * (1 + attentions) * width
-    modulation = chunks * cond * (1 + (config.text == "joint"))
+    per_block += (config.num_sublayers - 1) * tokens * 4 * width * width
+    own_text = config.text == "joint" and not config.shares_streams
+    modulation = config.modulation_width * cond * (2 if own_text else 1)
     if config.modulation == "linear":
         per_block += modulation
     once = num_tokens * width * (config.in_width + config.out_width)

@@ -6,7 +6,10 @@ shared weights and modulation of its own. 2B adds fixed 3-D positions, 5B rotate
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.transformer_config import TransformerConfig
-from sora_jax.weights.tables import Rule, dense, norm
+from sora_jax.weights import transformer_weights
+from sora_jax.weights.registry import Family
+from sora_jax.weights.rules import LINEAR, SAME, Rule
+from sora_jax.weights.tables import channels_first, dense, norm, patch_kernel
 from sora_jax.weights.transformer_weights import export_transformer, import_transformer
 
 # What the published function leaves open and the native one does not: only these values.
@@ -39,17 +42,16 @@ def config_from_cogvideox(published: dict) -> TransformerConfig:
         rope_split=(head_width // 4, head_width // 8 * 3, head_width // 8 * 3) if rope else ())
 
 
-def cogvideox_rules(config: TransformerConfig) -> list[Rule]:
-    """The table of diffusers' names."""
+def cogvideox_rules(config: TransformerConfig, names=()) -> list[Rule]:
+    """The table of diffusers' names; `names` of a file change nothing."""
+    del names
     layers, side, block = config.num_layers, config.patch[1:], "transformer_blocks.{}"
-    rules = (dense("patch_in", "patch_embed.proj", form="patch", patch=side)
+    rules = (dense("patch_in", "patch_embed.proj", kernel=patch_kernel(side))
              + dense("text_proj_in", "patch_embed.text_proj")
              + dense("time_in", "time_embedding.linear_1")
              + dense("time_out", "time_embedding.linear_2"))
-    # A published map makes shift, scale, gate of the clip, then those of the text.
-    for native, half in (("mod", 0), ("text_mod", 1)):
-        rules += dense(f"blocks.{native}", f"{block}.norm1.linear[{half}/2]",
-                       f"{block}.norm2.linear[{half}/2]", layers=layers)
+    # Each makes shift, scale, gate of the clip, then those of the text.
+    rules += dense("blocks.mod", f"{block}.norm1.linear", f"{block}.norm2.linear", layers=layers)
     for native, names in (("qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
                           ("out", ("attn1.to_out.0",)), ("mlp_in", ("ff.net.0.proj",)),
                           ("mlp_out", ("ff.net.2",))):
@@ -59,15 +61,30 @@ def cogvideox_rules(config: TransformerConfig) -> list[Rule]:
         rules += norm(f"blocks.{native}", f"{block}.{name}", layers=layers)
     return (rules + norm("final_norm", "norm_final") + norm("head_norm", "norm_out.norm")
             + dense("head_mod", "norm_out.linear")
-            + dense("patch_out", "proj_out", form="channels_first", patch=side))
+            + dense("patch_out", "proj_out", kernel=channels_first(side, LINEAR),
+                    bias=channels_first(side, SAME)))
 
 
 def import_cogvideox_dit(published: dict, tensors: dict):
     """(native config, nested parameters) of published tensors."""
     config = config_from_cogvideox(published)
-    return config, import_transformer(cogvideox_rules(config), config, tensors, "CogVideoX")
+    return config, import_transformer(cogvideox_rules(config), config, tensors, "this CogVideoX")
 
 
 def export_cogvideox_dit(config: TransformerConfig, params: dict) -> dict:
     """Published tensors; the inverse of `import_cogvideox_dit`."""
     return export_transformer(cogvideox_rules(config), params)
+
+
+def _recognises(published: dict, names) -> bool:
+    if published:
+        return published.get("_class_name") == "CogVideoXTransformer3DModel"
+    return "patch_embed.text_proj.weight" in names
+
+
+FAMILY = Family(
+    name="cogvideox_dit", file_name=transformer_weights.FILE_NAME,
+    format=transformer_weights.FORMAT,
+    recognises=_recognises, config=lambda published, shapes: config_from_cogvideox(published),
+    publish=None, rules=cogvideox_rules, shapes=transformer_weights.parameter_shapes,
+    card=transformer_weights.no_more, from_card=transformer_weights.from_card)

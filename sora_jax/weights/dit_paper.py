@@ -2,7 +2,7 @@
 
 Source: layout of diffusers' DiTTransformer2DModel, which stores one time and label embedder per
 block, and of facebookresearch/DiT, whose function (frequency shift 0, eps 1e-6) the published
-DiT-XL/2 weights were trained with. Original names are read as they are, with that function.
+DiT-XL/2 weights were trained with.
 """
 
 import numpy as np
@@ -10,40 +10,47 @@ import numpy as np
 from sora_jax.core.errors import UserError
 from sora_jax.models.transformer_config import TransformerConfig
 from sora_jax.models.transformer_sizes import dit_config
-from sora_jax.weights.tables import Rule, dense
+from sora_jax.weights import transformer_weights
+from sora_jax.weights.registry import Family
+from sora_jax.weights.rules import Rule, Transform
+from sora_jax.weights.tables import dense, patch_kernel, rule
 from sora_jax.weights.transformer_weights import export_transformer, import_transformer
 
 FIXED_POSITIONS = "pos_embed"
 POSITION_TOLERANCE = 1e-5
 
 
-def config_from_dit(published: dict, frequency_shift: float = 0.0) -> TransformerConfig:
+def config_from_dit(published: dict) -> TransformerConfig:
     """The native config of a published config.json; raises UserError where it asks for more.
 
-    frequency_shift: 1 for the diffusers class as it is, 0 for what the published weights were
-      trained with.
+    The function is that of the authors' code, with which the published weights were trained. A
+    config.json with "downscale_freq_shift": 1 gives that of the diffusers class as it is, whose
+    outputs for the same weights are others by a third.
     """
     fixed = {"norm_type": "ada_norm_zero", "norm_elementwise_affine": False,
              "activation_fn": "gelu-approximate", "attention_bias": True}
     for name, value in fixed.items():
         if published.get(name, value) != value:
             raise UserError(f"{name} {published[name]!r} is not supported; it must be {value!r}")
+    shift = float(published.get("downscale_freq_shift", 0))
     heads, head_width = published["num_attention_heads"], published["attention_head_dim"]
+    patch = published["patch_size"]
+    side = published["sample_size"] // patch
     return dit_config(
-        heads * head_width, published["num_layers"], heads, published["patch_size"],
+        heads * head_width, published["num_layers"], heads, patch,
         published["num_embeds_ada_norm"], published["in_channels"],
-        published.get("out_channels") or published["in_channels"],
-        mlp_norm_eps=published.get("norm_eps", 1e-5), frequency_shift=frequency_shift)
+        published.get("out_channels") or published["in_channels"], position_grid=(1, side, side),
+        mlp_norm_eps=published.get("norm_eps", 1e-5) if shift else 1e-6, frequency_shift=shift)
 
 
 def diffusers_rules(config: TransformerConfig) -> list[Rule]:
     """The table of diffusers' names."""
     layers, side = config.num_layers, config.patch[1:]
     block, embed = "transformer_blocks.{}", "transformer_blocks.{}.norm1.emb"
-    rules = dense("patch_in", "pos_embed.proj", form="patch", patch=side)
+    rules = dense("patch_in", "pos_embed.proj", kernel=patch_kernel(side))
     for i, native in ((1, "time_in"), (2, "time_out")):
         rules += dense(native, f"{embed}.timestep_embedder.linear_{i}", copies=layers)
-    rules.append(Rule("label_table", (f"{embed}.class_embedder.embedding_table.weight",),
+    rules.append(rule("label_table", f"{embed}.class_embedder.embedding_table.weight",
                       copies=layers))
     for native, names in (
             ("mod", ("norm1.linear",)), ("qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
@@ -54,11 +61,12 @@ def diffusers_rules(config: TransformerConfig) -> list[Rule]:
 
 
 def original_rules(config: TransformerConfig) -> list[Rule]:
-    """The table of the original names, without the fixed positions."""
+    """The table of the original names, whose files hold the fixed positions too."""
     layers = config.num_layers
-    rules = dense("patch_in", "x_embedder.proj", form="patch", patch=config.patch[1:])
+    rules = dense("patch_in", "x_embedder.proj", kernel=patch_kernel(config.patch[1:]))
     rules += dense("time_in", "t_embedder.mlp.0") + dense("time_out", "t_embedder.mlp.2")
-    rules.append(Rule("label_table", ("y_embedder.embedding_table.weight",)))
+    rules.append(Rule("label_table", ("y_embedder.embedding_table.weight", FIXED_POSITIONS),
+                      _beside_fixed_positions(config)))
     for native, name in (("mod", "adaLN_modulation.1"), ("qkv", "attn.qkv"), ("out", "attn.proj"),
                          ("mlp_in", "mlp.fc1"), ("mlp_out", "mlp.fc2")):
         rules += dense(f"blocks.{native}", f"blocks.{{}}.{name}", layers=layers)
@@ -66,52 +74,40 @@ def original_rules(config: TransformerConfig) -> list[Rule]:
             + dense("patch_out", "final_layer.linear"))
 
 
-def import_dit(published: dict, tensors: dict, frequency_shift: float = 0.0):
-    """(native config, nested parameters) of weights under diffusers' names."""
-    config = config_from_dit(published, frequency_shift)
-    return config, import_transformer(diffusers_rules(config), config, tensors, "DiT")
-
-
-def export_dit(config: TransformerConfig, params: dict) -> dict:
-    """Tensors under diffusers' names; the inverse of `import_dit`."""
-    return export_transformer(diffusers_rules(config), params)
-
-
-def config_from_original(tensors: dict, num_heads: int) -> TransformerConfig:
-    """The native config of weights under the original names, which carry no config."""
-    width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-    layers = sum(name.endswith(".attn.qkv.weight") for name in tensors)
-    return dit_config(
-        width, layers, num_heads, patch, len(tensors["y_embedder.embedding_table.weight"]) - 1,
-        channels, len(tensors["final_layer.linear.bias"]) // patch**2)
-
-
-def import_dit_original(tensors: dict, num_heads: int = 16):
-    """(native config, nested parameters) of weights under the original names (DiT-XL/2: 16 heads).
-
-    Raises UserError where its fixed positions are not those of the model.
-    """
-    if "x_embedder.proj.weight" not in tensors:
-        raise UserError("these are not DiT weights under the original names: "
-                        "x_embedder.proj.weight is missing")
-    config, tensors = config_from_original(tensors, num_heads), dict(tensors)
-    given = tensors.pop(FIXED_POSITIONS, None)
-    if isinstance(given, np.ndarray):
-        wanted = fixed_positions(config, round(given.shape[1] ** 0.5))
-        if given.shape != wanted.shape or np.abs(given - wanted).max() > POSITION_TOLERANCE:
+def _beside_fixed_positions(config) -> Transform:
+    """A parameter next to the table of positions, which is checked, left out and made again."""
+    def to_ours(arrays):
+        parameter, given = arrays
+        wanted = fixed_positions(config)
+        if isinstance(given, np.ndarray) and np.abs(given - wanted).max() > POSITION_TOLERANCE:
             raise UserError(f"{FIXED_POSITIONS} {given.shape} is not the fixed 2-D sine and cosine "
-                            "table that this model has")
-    return config, import_transformer(original_rules(config), config, tensors, "original DiT")
+                            "table of this model")
+        return parameter
+
+    return Transform(to_ours, lambda array: [array, fixed_positions(config)])
 
 
-def export_dit_original(config: TransformerConfig, params: dict, side: int) -> dict:
-    """Tensors under the original names; `side` is the image's in patches (16 at 256 px)."""
-    tensors = export_transformer(original_rules(config), params)
-    return {FIXED_POSITIONS: fixed_positions(config, side), **tensors}
+def dit_rules(config: TransformerConfig, names=()) -> list[Rule]:
+    """The table for tensors of these names: the original ones, else those of diffusers."""
+    original = "x_embedder.proj.weight" in names
+    return original_rules(config) if original else diffusers_rules(config)
 
 
-def fixed_positions(config: TransformerConfig, side: int) -> np.ndarray:
+def import_dit(published: dict, tensors: dict):
+    """(native config, nested parameters) of weights under either naming."""
+    config = config_from_dit(published)
+    rules = dit_rules(config, tensors.keys())
+    return config, import_transformer(rules, config, tensors, "this DiT")
+
+
+def export_dit(config: TransformerConfig, params: dict, original: bool = False) -> dict:
+    """Tensors under diffusers' names, or the original ones; the inverse of `import_dit`."""
+    return export_transformer((original_rules if original else diffusers_rules)(config), params)
+
+
+def fixed_positions(config: TransformerConfig) -> np.ndarray:
     """The table (1, side * side, width), float32 of float64, that original files hold."""
+    side = config.position_grid[1]
     half, quarter = config.width // 2, config.width // 4
     frequencies = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / (half / 2.0))
     angles_PQ = np.outer(np.arange(side, dtype=np.float32), frequencies)
@@ -119,3 +115,16 @@ def fixed_positions(config: TransformerConfig, side: int) -> np.ndarray:
     h, w = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
     table = np.concatenate([rows_PH[w.ravel()], rows_PH[h.ravel()]], axis=1)
     return table.astype(np.float32)[None]
+
+
+def _recognises(published: dict, names) -> bool:
+    if published:
+        return published.get("_class_name") == "DiTTransformer2DModel"
+    return "pos_embed.proj.weight" in names or "x_embedder.proj.weight" in names
+
+
+FAMILY = Family(
+    name="dit", file_name=transformer_weights.FILE_NAME, format=transformer_weights.FORMAT,
+    recognises=_recognises, config=lambda published, shapes: config_from_dit(published),
+    publish=None, rules=dit_rules, shapes=transformer_weights.parameter_shapes,
+    card=transformer_weights.no_more, from_card=transformer_weights.from_card)

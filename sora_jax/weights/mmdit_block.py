@@ -7,7 +7,10 @@ import dataclasses
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.transformer_config import TransformerConfig
-from sora_jax.weights.tables import Rule, dense, export_tensors, import_tensors, norm
+from sora_jax.weights import transformer_weights
+from sora_jax.weights.registry import Family
+from sora_jax.weights.rules import Rule, export_tensors, import_tensors
+from sora_jax.weights.tables import dense, norm
 from sora_jax.weights.transformer_weights import parameter_shapes
 from sora_jax.weights.vae_files import flatten, unflatten
 
@@ -35,9 +38,10 @@ def config_from_mmdit(published: dict, **options) -> TransformerConfig:
         streams="separate", qk_norm=kinds[published.get("qk_norm")], **sizes)
 
 
-def mmdit_rules(config: TransformerConfig, prefix: str = "", layers: int = 0) -> list[Rule]:
-    """The table of one block; with prefix "transformer_blocks.{}." and layers, of a stack."""
-    names = {
+def mmdit_rules(config: TransformerConfig, names=()) -> list[Rule]:
+    """The table of one block; `names` of a file change nothing."""
+    del names
+    table = {
         "mod": ("norm1.linear",), "text_mod": ("norm1_context.linear",),
         "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "out": ("attn.to_out.0",),
         "text_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -45,12 +49,12 @@ def mmdit_rules(config: TransformerConfig, prefix: str = "", layers: int = 0) ->
         "text_mlp_in": ("ff_context.net.0.proj",), "text_mlp_out": ("ff_context.net.2",),
     }
     rules = []
-    for native, published in names.items():
-        rules += dense(native, *(prefix + name for name in published), layers=layers)
+    for native, published in table.items():
+        rules += dense(native, *published)
     if config.qk_norm != "none":
         for native, name in (("q_norm", "norm_q"), ("k_norm", "norm_k"),
                              ("text_q_norm", "norm_added_q"), ("text_k_norm", "norm_added_k")):
-            rules += norm(native, f"{prefix}attn.{name}", False, layers=layers)
+            rules += norm(native, f"attn.{name}", False)
     return rules
 
 
@@ -64,10 +68,23 @@ def block_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 def import_mmdit_block(published: dict, tensors: dict):
     """(native config, nested parameters of one `TransformerBlock`)."""
     config = config_from_mmdit(published)
-    flat = import_tensors(mmdit_rules(config), tensors, block_shapes(config), "MM-DiT block")
+    flat = import_tensors(mmdit_rules(config), tensors, block_shapes(config), "this MM-DiT block")
     return config, unflatten(flat)
 
 
 def export_mmdit_block(config: TransformerConfig, params: dict) -> dict:
     """Published tensors; the inverse of `import_mmdit_block`."""
     return export_tensors(mmdit_rules(config), flatten(params))
+
+
+def _recognises(published: dict, names) -> bool:
+    if published:
+        return published.get("_class_name") == "JointTransformerBlock"
+    return "attn.add_q_proj.weight" in names
+
+
+FAMILY = Family(
+    name="mmdit_block", file_name=transformer_weights.FILE_NAME, format=transformer_weights.FORMAT,
+    recognises=_recognises, config=lambda published, shapes: config_from_mmdit(published),
+    publish=None, rules=mmdit_rules, shapes=block_shapes,
+    card=transformer_weights.no_more, from_card=transformer_weights.from_card)

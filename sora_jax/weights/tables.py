@@ -1,210 +1,103 @@
-"""Published tensors to native parameters and back, by one table that serves both directions.
+"""Rules of transformers: layers stacked, maps joined, values that a file repeats, patches.
 
-A table is a list of `Rule`s, derived from a config. Both directions only cut, join, transpose and
-stack, so export gives back the very tensors that were imported. Arrays are numpy, or tracers under
-`jax.eval_shape`, which checks the layout of a model of any size without its memory.
+Every function gives rules for `rules.import_tensors` and `rules.export_tensors`; "{}" in a name
+stands for the number of a layer.
 """
 
-import dataclasses
-import math
-import re
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.core.errors import UserError
+from sora_jax.weights.rules import LINEAR, SAME, Rule, Transform, joined, one, stacked
 
-_PART = re.compile(r"(.+)\[(\d+)/(\d+)\]")
+
+def patch_kernel(patch: tuple[int, ...]) -> Transform:
+    """A convolution (D, C, *patch) as a map of patches, (patch values then channels, D)."""
+    last = len(patch)
+
+    def to_ours(x):
+        return x.transpose(*range(2, 2 + last), 1, 0).reshape(-1, x.shape[0])
+
+    def to_theirs(x):
+        return x.reshape(*patch, -1, x.shape[-1]).transpose(last + 1, last, *range(last))
+
+    return one(to_ours, to_theirs)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One native parameter, and the published tensors it is joined from.
+def channels_first(patch: tuple[int, ...], transform: Transform) -> Transform:
+    """Rows of an output map, published in the order (c, *patch), as (*patch, c); then transform."""
+    last = len(patch)
 
-    native: dotted name. published: names of one layer, joined along the last native axis; "{}"
-      stands for the number of the layer, and NAME[i/n] is the i-th of n equal parts along the
-      first axis of a tensor (every part has a rule).
-    form: how one tensor changes, see FORMS; patch: (t, h, w) of a "patch" form.
-    layers: number of layers stacked on a new first axis; 0 for what is no layer.
-    copies: in the file every layer holds the same values, native holds them once.
+    def to_ours(arrays):
+        x, = arrays
+        split = x.reshape(-1, *patch, *x.shape[1:])
+        moved = split.transpose(*range(1, last + 1), 0, *range(last + 1, split.ndim))
+        return transform.to_ours([moved.reshape(x.shape)])
+
+    def to_theirs(array):
+        x, = transform.to_theirs(array)
+        split = x.reshape(*patch, -1, *x.shape[1:])
+        moved = split.transpose(last, *range(last), *range(last + 1, split.ndim))
+        return [moved.reshape(x.shape)]
+
+    return Transform(to_ours, to_theirs)
+
+
+def flat_table(count: int) -> Transform:
+    """A table of `count` vectors, published as (1, count, D), as one vector."""
+    return one(lambda x: x.reshape(-1), lambda x: x.reshape(1, count, -1))
+
+
+def repeated(names: tuple[str, ...], transform: Transform) -> Transform:
+    """One array that the file holds under every name; raises UserError where they differ."""
+    def to_ours(arrays):
+        for name, x in zip(names, arrays, strict=True):
+            if isinstance(x, np.ndarray) and not np.array_equal(x, arrays[0]):
+                raise UserError(f"{name} differs from {names[0]}; they are one parameter of this "
+                                "model")
+        return transform.to_ours(arrays[:1])
+
+    return Transform(to_ours, lambda array: transform.to_theirs(array) * len(names))
+
+
+def rule(ours: str, *theirs: str, transform: Transform = SAME, layers: int = 0,
+         copies: int = 0) -> Rule:
+    """The rule of one parameter, joined along its last axis from `theirs`.
+
+    layers: names count from layer 0 and are stacked on a new first axis. copies: the file repeats
+    the parameter in so many layers.
     """
-
-    native: str
-    published: tuple[str, ...]
-    form: str = "same"
-    layers: int = 0
-    copies: int = 0
-    patch: tuple[int, ...] = ()
-
-    @property
-    def names(self) -> list[list[str]]:
-        """Published names of each layer (or copy)."""
-        count = self.layers or self.copies or 1
-        return [[name.replace("{}", str(i)) for name in self.published] for i in range(count)]
+    count = layers or copies or 1
+    names = tuple(name.replace("{}", str(i)) for i in range(count) for name in theirs)
+    if len(theirs) > 1:
+        transform = joined(transform, len(theirs))
+    if copies:
+        return Rule(ours, names, repeated(names, transform))
+    return Rule(ours, names, _stacked(transform, layers, len(theirs)) if layers else transform)
 
 
-class _DoesNotFit(Exception):
-    """A tensor has not the number of dimensions or the patch of its rule."""
+def _stacked(transform, layers, parts):
+    """`stacked`, where every layer is made of several arrays."""
+    if parts == 1:
+        return stacked(transform, layers)
+
+    def to_ours(arrays):
+        of_layers = [transform.to_ours(arrays[i:i + parts]) for i in range(0, len(arrays), parts)]
+        return stacked(SAME, layers).to_ours(of_layers)
+
+    return Transform(to_ours, lambda array: [
+        x for i in range(layers) for x in transform.to_theirs(array[i])])
 
 
-def _patch_in(array, rule):
-    """(D, C, *patch) -> (patch values in the order (t, h, w, c), D)."""
-    if array.ndim != 2 + len(rule.patch) or array.shape[2:] != rule.patch:
-        raise _DoesNotFit
-    order = (*range(2, array.ndim), 1, 0)
-    return array.transpose(order).reshape(-1, array.shape[0])
+def dense(ours: str, *theirs: str, kernel: Transform = LINEAR, bias: Transform = SAME,
+          **options) -> list[Rule]:
+    """Rules of a map with bias (kernel, bias), joined from published ones (weight, bias)."""
+    return [rule(f"{ours}.{leaf}", *(f"{name}.{their_leaf}" for name in theirs),
+                 transform=transform, **options)
+            for leaf, their_leaf, transform in (("kernel", "weight", kernel),
+                                                ("bias", "bias", bias))]
 
 
-def _patch_out(array, rule):
-    split = array.reshape(*rule.patch, -1, array.shape[-1])
-    n = len(rule.patch)
-    return split.transpose(n + 1, n, *range(n))
-
-
-def _channels_first_in(array, rule):
-    """(c, patch) rows (and columns) of an output map -> (rows, (patch, c))."""
-    if array.shape[0] % math.prod(rule.patch):
-        raise _DoesNotFit
-    split = array.reshape(-1, *rule.patch, *array.shape[1:])
-    n = len(rule.patch)
-    moved = split.transpose(*range(1, n + 1), 0, *range(n + 1, split.ndim))
-    moved = moved.reshape(-1, *array.shape[1:])
-    return moved.T if moved.ndim == 2 else moved
-
-
-def _channels_first_out(array, rule):
-    array = array.T if array.ndim == 2 else array
-    split = array.reshape(*rule.patch, -1, *array.shape[1:])
-    n = len(rule.patch)
-    moved = split.transpose(n, *range(n), *range(n + 1, split.ndim))
-    return moved.reshape(-1, *array.shape[1:])
-
-
-def _transposed(array, rule):
-    if array.ndim != 2:
-        raise _DoesNotFit
-    return array.T
-
-
-# form: (published -> native, native -> published) of one array and its rule
-FORMS = {
-    "same": (lambda array, rule: array, lambda array, rule: array),
-    "matrix": (_transposed, _transposed),
-    "flat": (lambda array, rule: array.reshape(-1),
-             lambda array, rule: array.reshape(1, rule.patch[0], -1)),
-    "patch": (_patch_in, _patch_out),
-    "channels_first": (_channels_first_in, _channels_first_out),
-}
-
-
-def import_tensors(rules: list[Rule], tensors: dict, wanted: dict, what: str) -> dict:
-    """Native flat parameters {"a.b.kernel": array} of published tensors.
-
-    wanted: {native name: shape}, what the model's init gives. Raises UserError naming the tensors
-    that are missing, that nothing uses, or that have another shape.
-    """
-    used = {_split(name)[0] for rule in rules for layer in rule.names for name in layer}
-    missing, unused = sorted(used - set(tensors)), sorted(set(tensors) - used)
-    if missing or unused:
-        raise UserError(
-            f"these are not {what} weights of this config: {len(missing)} tensors missing "
-            f"{missing[:3]}, {len(unused)} unknown {unused[:3]}")
-    try:
-        flat = {rule.native: _to_native(rule, tensors) for rule in rules}
-    except _DoesNotFit:
-        flat = {}
-    if any(wanted.get(name) != array.shape for name, array in flat.items()) or not flat:
-        raise UserError(f"these are not {what} weights of this config: "
-                        f"{_reshaped(rules, tensors, wanted)}")
-    forgotten = sorted(set(wanted) - set(flat))
-    assert not forgotten, f"no rule fills {forgotten}"
-    return flat
-
-
-def export_tensors(rules: list[Rule], flat: dict) -> dict:
-    """Published tensors of native flat parameters: the inverse of `import_tensors`."""
-    tensors, parts = {}, {}
-    for rule in rules:
-        native = flat[rule.native]
-        for i, names in enumerate(rule.names):
-            array = native[i] if rule.layers else native
-            pieces = _xp(array).split(array, len(names), axis=-1)
-            for name, piece in zip(names, pieces, strict=True):
-                piece = FORMS[rule.form][1](piece, rule)
-                whole, index, count = _split(name)
-                if count == 1:
-                    tensors[whole] = _contiguous(piece)
-                else:
-                    parts.setdefault(whole, {})[index] = piece
-    for name, pieces in parts.items():
-        ordered = [pieces[i] for i in range(len(pieces))]
-        tensors[name] = _xp(ordered[0]).concatenate(ordered)
-    return tensors
-
-
-def _to_native(rule: Rule, tensors: dict):
-    layers = []
-    for names in rule.names:
-        pieces = []
-        for name in names:
-            whole, index, count = _split(name)
-            array = tensors[whole]
-            if count > 1:
-                if array.shape[0] % count:
-                    raise _DoesNotFit
-                array = _xp(array).split(array, count)[index]
-            pieces.append(FORMS[rule.form][0](array, rule))
-        if len({piece.shape[:-1] for piece in pieces}) > 1:
-            raise _DoesNotFit
-        joined = pieces[0] if len(pieces) == 1 else _xp(pieces[0]).concatenate(pieces, axis=-1)
-        layers.append(joined)
-    if len({layer.shape for layer in layers}) > 1:
-        raise _DoesNotFit
-    if rule.layers:
-        return _xp(layers[0]).stack(layers)
-    for names, copy in zip(rule.names[1:], layers[1:], strict=True):
-        if isinstance(copy, np.ndarray) and not np.array_equal(copy, layers[0]):
-            raise UserError(f"{names[0]} differs from {rule.names[0][0]}; the layers of this model "
-                            "must share it")
-    return _contiguous(layers[0])
-
-
-def _reshaped(rules, tensors, wanted) -> str:
-    """The tensors whose shapes are not those that the native shapes ask for."""
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in wanted.items()}
-    asked = jax.eval_shape(lambda flat: export_tensors(rules, flat), shapes)
-    wrong = [f"{name} is {tuple(tensors[name].shape)}, should be {leaf.shape}"
-             for name, leaf in asked.items() if tuple(tensors[name].shape) != leaf.shape]
-    return f"{len(wrong)} tensors of another shape {wrong[:3]}"
-
-
-def _split(name: str) -> tuple[str, int, int]:
-    """("a.weight", 1, 6) of "a.weight[1/6]"; one whole part without brackets."""
-    match = _PART.fullmatch(name)
-    return (match[1], int(match[2]), int(match[3])) if match else (name, 0, 1)
-
-
-def _xp(array):
-    return jnp if isinstance(array, jax.Array) else np
-
-
-def _contiguous(array):
-    return array if isinstance(array, jax.Array) else np.ascontiguousarray(array)
-
-
-def dense(native: str, *published: str, form: str = "matrix", bias: bool = True, **options):
-    """Rules of a linear map (kernel, bias) joined from published ones (weight, bias)."""
-    def parts(leaf):
-        return tuple(
-            re.sub(r"(\[\d+/\d+\])?$", rf".{leaf}\1", name, count=1) for name in published)
-
-    bias_form = form if form == "channels_first" else "same"
-    rules = [Rule(f"{native}.kernel", parts("weight"), form, **options)]
-    return rules + [Rule(f"{native}.bias", parts("bias"), bias_form, **options)] * bias
-
-
-def norm(native: str, published: str, bias: bool = True, **options):
+def norm(ours: str, theirs: str, bias: bool = True, **options) -> list[Rule]:
     """Rules of a norm's scale, and of its shift where it has one."""
-    rules = [Rule(f"{native}.scale", (f"{published}.weight",), **options)]
-    return rules + [Rule(f"{native}.bias", (f"{published}.bias",), **options)] * bias
+    rules = [rule(f"{ours}.scale", f"{theirs}.weight", **options)]
+    return rules + ([rule(f"{ours}.bias", f"{theirs}.bias", **options)] if bias else [])

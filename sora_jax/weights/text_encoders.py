@@ -1,7 +1,7 @@
 """T5, umT5, CLIP and SigLIP: native configs, and the tensors that a file must hold.
 
-The encoders are functions on tensors under their published names, so import checks names and
-shapes and export gives back what was imported.
+The encoders are functions on tensors under their published names, so the table only checks names
+and shapes.
 
 Source: layouts of transformers' T5EncoderModel, UMT5EncoderModel, CLIPModel (and its towers alone),
 SiglipModel.
@@ -9,16 +9,22 @@ SiglipModel.
 
 import numpy as np
 
+from sora_jax.core.config import from_mapping
 from sora_jax.core.errors import UserError
 from sora_jax.models.text_encoders.layers import activation
 from sora_jax.models.text_encoders.t5 import T5Config
 from sora_jax.models.text_encoders.two_towers import TowerConfig, TwoTowersConfig
+from sora_jax.weights.registry import Family
+from sora_jax.weights.rules import SAME, Rule, Transform, export_tensors, import_tensors
+from sora_jax.weights.tables import repeated
 
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # one table; a file holds one or both
-# Buffers of older files, no weights; kept for export.
-BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids",
-           "embeddings.position_ids")
+PLACES, BUFFER = "position_embedding.weight", "position_ids"  # older files count their places
 PREFIXES = {"clip_text_model": "text_model.", "clip_vision_model": "vision_model."}
+KINDS = ("t5", "umt5", "clip", "siglip", *PREFIXES)
+# The count 0, 1, ... beside the places is left out, and made again.
+BESIDE_PLACES = Transform(
+    lambda arrays: arrays[0], lambda array: [array, np.arange(array.shape[0])[None]])
 
 
 def config_from_encoder(published: dict) -> T5Config | TwoTowersConfig:
@@ -37,8 +43,8 @@ def config_from_encoder(published: dict) -> T5Config | TwoTowersConfig:
         text = kind == "clip_text_model"
         return TwoTowersConfig("clip", _text_tower(published) if text else None,
                                None if text else _image_tower(published))
-    raise UserError(f"model_type {kind!r} is no encoder that is known; allowed: t5, umt5, clip, "
-                    "clip_text_model, clip_vision_model, siglip")
+    raise UserError(
+        f"model_type {kind!r} is no encoder that is known; allowed: {', '.join(KINDS)}")
 
 
 def _t5_config(published, kind):
@@ -75,10 +81,10 @@ def _image_tower(published):
 
 
 def encoder_shapes(config: T5Config | TwoTowersConfig) -> dict[str, tuple[int, ...]]:
-    """{published name: shape} of every tensor of the model; a tower alone without prefix."""
+    """{name: shape} of every parameter; T5's tied table once, a tower alone without prefix."""
     if isinstance(config, T5Config):
         return _t5_shapes(config)
-    alone, shapes = config.text is None or config.image is None, {}
+    alone, shapes = _alone(config), {}
     for tower, part, make in ((config.text, "text_model.", _text_shapes),
                               (config.image, "vision_model.", _image_shapes)):
         if tower is not None:
@@ -95,8 +101,7 @@ def encoder_shapes(config: T5Config | TwoTowersConfig) -> dict[str, tuple[int, .
 
 def _t5_shapes(config):
     width, inner = config.width, config.num_heads * config.head_width
-    shapes = {name: (config.vocabulary, width) for name in TIED}
-    shapes["encoder.final_layer_norm.weight"] = (width,)
+    shapes = {TIED[0]: (config.vocabulary, width), "encoder.final_layer_norm.weight": (width,)}
     for i in range(config.num_layers):
         attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
         shapes |= {f"{attention}.SelfAttention.{part}.weight": (inner, width) for part in "qkv"}
@@ -159,35 +164,56 @@ def _norm_shapes(name, width):
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
+def encoder_rules(config: T5Config | TwoTowersConfig, names=()) -> list[Rule]:
+    """The table for tensors of these names: every one as it is, the tied table of T5 under the
+    names it has, a tower alone with or without its prefix."""
+    prefix = next((part for part in PREFIXES.values()
+                   if _alone(config) and any(name.startswith(part) for name in names)), "")
+    rules = []
+    for ours in encoder_shapes(config):
+        theirs, buffer = prefix + ours, prefix + ours.replace(PLACES, BUFFER)
+        if ours == TIED[0]:
+            tied = tuple(name for name in TIED if name in names) or TIED[:1]
+            rules.append(Rule(ours, tied, repeated(tied, SAME)))
+        elif ours.endswith(PLACES) and buffer in names:
+            rules.append(Rule(ours, (theirs, buffer), BESIDE_PLACES))
+        else:
+            rules.append(Rule(ours, (theirs,), SAME))
+    return rules
+
+
 def import_encoder(published: dict, tensors: dict):
-    """(native config, the tensors as they are) after checking names, shapes and the tied table.
-
-    Raises UserError naming what is missing, unknown or of another shape.
-    """
+    """(native config, parameters by name). Raises UserError naming the keys that are missing,
+    unused or of another shape."""
     config = config_from_encoder(published)
-    wanted, given = encoder_shapes(config), {k: x for k, x in tensors.items() if k not in BUFFERS}
-    prefix = PREFIXES.get(published["model_type"])
-    if prefix and any(name.startswith(prefix) for name in given):
-        wanted = {prefix + name: shape for name, shape in wanted.items()}
-    optional = set()
-    if isinstance(config, T5Config) and any(name in given for name in TIED):
-        optional = set(TIED)
-        tables = [given[name] for name in TIED if name in given]
-        if len(tables) == 2 and isinstance(tables[0], np.ndarray) and not np.array_equal(*tables):
-            raise UserError(f"{TIED[0]} and {TIED[1]} differ; they are one table in this model")
-    missing = sorted(set(wanted) - set(given) - optional)
-    unknown = sorted(set(given) - set(wanted))
-    reshaped = [f"{name} is {tuple(given[name].shape)}, should be {shape}"
-                for name, shape in sorted(wanted.items())
-                if name in given and tuple(given[name].shape) != shape]
-    if missing or unknown or reshaped:
-        raise UserError(
-            f"these are not {published['model_type']} weights of this config: {len(missing)} "
-            f"tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}, "
-            f"{len(reshaped)} of another shape {reshaped[:3]}")
-    return config, dict(tensors)
+    rules = encoder_rules(config, tensors.keys())
+    where = f"this {published['model_type']}"
+    return config, import_tensors(rules, tensors, encoder_shapes(config), where)
 
 
-def export_encoder(config: T5Config | TwoTowersConfig, params: dict) -> dict:
-    """Published tensors; the inverse of `import_encoder`."""
-    return dict(params)
+def export_encoder(config: T5Config | TwoTowersConfig, params: dict, names=()) -> dict:
+    """Published tensors (of these names: the tied table, prefixes); inverse of `import_encoder`."""
+    return export_tensors(encoder_rules(config, names), params)
+
+
+def _alone(config) -> bool:
+    """Whether it is one of two towers."""
+    return isinstance(config, TwoTowersConfig) and None in (config.text, config.image)
+
+
+def _recognises(published: dict, names) -> bool:
+    if published:
+        return published.get("model_type") in KINDS
+    return bool({"encoder.final_layer_norm.weight", "logit_scale"} & set(names))
+
+
+def _from_card(card: dict, where: str) -> T5Config | TwoTowersConfig:
+    kind = T5Config if "num_buckets" in card["config"] else TwoTowersConfig
+    return from_mapping(kind, card["config"], f"{where} config")
+
+
+FAMILY = Family(
+    name="text_encoder", file_name="encoder.safetensors", format="sora_jax encoder 1",
+    recognises=_recognises, config=lambda published, shapes: config_from_encoder(published),
+    publish=None, rules=encoder_rules, shapes=encoder_shapes, card=lambda published, config: {},
+    from_card=_from_card)

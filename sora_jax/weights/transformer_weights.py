@@ -1,15 +1,29 @@
-"""What the families of transformers share: shapes of native parameters, and import and export of
-a whole tree by a table."""
+"""What the families of transformers share: the native file, its config, shapes of the parameters,
+and import and export of a whole tree by a table."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from sora_jax.core.config import from_mapping
 from sora_jax.models.transformer import Transformer
 from sora_jax.models.transformer_config import TransformerConfig
-from sora_jax.weights.tables import Rule, export_tensors, import_tensors
+from sora_jax.weights.rules import Rule, export_tensors, import_tensors
 from sora_jax.weights.vae_files import flatten, unflatten
+
+FORMAT = "sora_jax transformer 1"
+FILE_NAME = "transformer.safetensors"
+
+
+def from_card(card: dict, where: str) -> TransformerConfig:
+    """The config of a card; raises UserError by field name."""
+    return from_mapping(TransformerConfig, card["config"], f"{where} config")
+
+
+def no_more(published: dict, config: TransformerConfig) -> dict:
+    """Further entries of a card: none."""
+    return {}
 
 
 def example_batch(config: TransformerConfig) -> dict:
@@ -29,6 +43,7 @@ def example_batch(config: TransformerConfig) -> dict:
     return batch
 
 
+@functools.lru_cache(maxsize=16)
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """{"blocks.qkv.kernel": shape} of every parameter; allocates nothing."""
     init = functools.partial(Transformer(config).init, jax.random.key(0))
@@ -36,9 +51,9 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     return {name: box.value.shape for name, box in flatten(shapes["params"]).items()}
 
 
-def import_transformer(rules: list[Rule], config: TransformerConfig, tensors: dict, what: str):
+def import_transformer(rules: list[Rule], config: TransformerConfig, tensors: dict, where: str):
     """Native nested parameters of published tensors; raises UserError as `import_tensors` does."""
-    return unflatten(import_tensors(rules, tensors, parameter_shapes(config), what))
+    return unflatten(import_tensors(rules, tensors, parameter_shapes(config), where))
 
 
 def export_transformer(rules: list[Rule], params: dict) -> dict:

@@ -7,7 +7,10 @@ image tokens, and TI2V, whose times are per token). A Wan 2.2 A14B model is two 
 from sora_jax.core.errors import UserError
 from sora_jax.models.positions import rotary_split
 from sora_jax.models.transformer_config import TransformerConfig
-from sora_jax.weights.tables import Rule, dense, norm
+from sora_jax.weights import transformer_weights
+from sora_jax.weights.registry import Family
+from sora_jax.weights.rules import Rule
+from sora_jax.weights.tables import dense, flat_table, norm, patch_kernel, rule
 from sora_jax.weights.transformer_weights import export_transformer, import_transformer
 
 
@@ -37,10 +40,11 @@ def config_from_wan_dit(published: dict) -> TransformerConfig:
         text_proj="mlp", image_width=image_width, rope_split=rotary_split(head_width))
 
 
-def wan_rules(config: TransformerConfig) -> list[Rule]:
-    """The table of diffusers' names."""
+def wan_rules(config: TransformerConfig, names=()) -> list[Rule]:
+    """The table of diffusers' names; `names` of a file change nothing."""
+    del names
     layers, embed = config.num_layers, "condition_embedder"
-    rules = dense("patch_in", "patch_embedding", form="patch", patch=config.patch)
+    rules = dense("patch_in", "patch_embedding", kernel=patch_kernel(config.patch))
     for native, name in (
             ("time_in", "time_embedder.linear_1"), ("time_out", "time_embedder.linear_2"),
             ("time_mod", "time_proj"), ("text_proj_in", "text_embedder.linear_1"),
@@ -59,15 +63,15 @@ def wan_rules(config: TransformerConfig) -> list[Rule]:
         rules += dense(f"{block}out", f"{prefix}.to_out.0", layers=layers)
         for part in "qk" * qk_norm:
             rules += norm(f"{block}{part}_norm", f"{prefix}.norm_{part}", False, layers=layers)
-    rules.append(Rule("blocks.mod_table", ("blocks.{}.scale_shift_table",), "flat", layers,
-                      patch=(6,)))
+    rules.append(rule("blocks.mod_table", "blocks.{}.scale_shift_table", transform=flat_table(6),
+                      layers=layers))
     if config.cross_norm_affine:
         rules += norm("blocks.cross_norm", "blocks.{}.norm2", layers=layers)
     rules += dense("blocks.mlp_in", "blocks.{}.ffn.net.0.proj", layers=layers)
     rules += dense("blocks.mlp_out", "blocks.{}.ffn.net.2", layers=layers)
     if config.image_width:
         rules += _image_rules(layers, qk_norm)
-    return [*rules, Rule("head_table", ("scale_shift_table",), "flat", patch=(2,)),
+    return [*rules, rule("head_table", "scale_shift_table", transform=flat_table(2)),
             *dense("patch_out", "proj_out")]
 
 
@@ -86,9 +90,22 @@ def _image_rules(layers, qk_norm):
 def import_wan_dit(published: dict, tensors: dict):
     """(native config, nested parameters) of published tensors."""
     config = config_from_wan_dit(published)
-    return config, import_transformer(wan_rules(config), config, tensors, "Wan transformer")
+    return config, import_transformer(wan_rules(config), config, tensors, "this Wan transformer")
 
 
 def export_wan_dit(config: TransformerConfig, params: dict) -> dict:
     """Published tensors; the inverse of `import_wan_dit`."""
     return export_transformer(wan_rules(config), params)
+
+
+def _recognises(published: dict, names) -> bool:
+    if published:
+        return published.get("_class_name") == "WanTransformer3DModel"
+    return "condition_embedder.time_proj.weight" in names
+
+
+FAMILY = Family(
+    name="wan_dit", file_name=transformer_weights.FILE_NAME, format=transformer_weights.FORMAT,
+    recognises=_recognises, config=lambda published, shapes: config_from_wan_dit(published),
+    publish=None, rules=wan_rules, shapes=transformer_weights.parameter_shapes,
+    card=transformer_weights.no_more, from_card=transformer_weights.from_card)

@@ -7,13 +7,8 @@ import pytest
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.patchify import clips_as_rows, unpatchify
-from sora_jax.weights.dit_paper import (
-    config_from_dit,
-    export_dit,
-    export_dit_original,
-    import_dit,
-    import_dit_original,
-)
+from sora_jax.models.positions import sincos2d
+from sora_jax.weights.dit_paper import config_from_dit, export_dit, import_dit
 from sora_jax.weights.transformer_weights import parameter_shapes
 from sora_jax.weights.vae_files import flatten, unflatten
 from tests.parity.golden import (
@@ -30,7 +25,7 @@ from tests.parity.golden import (
     traced_shapes,
 )
 
-SHIFT = {"dit_paper_diffusers": 1.0, "dit_paper_original": 0.0}
+SHIFT = {"dit_paper_diffusers": 1, "dit_paper_original": 0}
 
 
 def predict(case, config, params):
@@ -45,7 +40,8 @@ def predict(case, config, params):
 @pytest.mark.parametrize("name", SHIFT)
 def test_output_equals_the_published_class(name):
     case = load_case(name)
-    config, params = import_dit(case.config, case.tensors, SHIFT[name])
+    published = {**case.config, "downscale_freq_shift": SHIFT[name]}
+    config, params = import_dit(published, case.tensors)
     assert error(predict(case, config, params), case.io["out.sample"]) < TOLERANCE
     assert_bit_for_bit(export_dit(config, params), case.tensors)
     shapes = {name: leaf.shape for name, leaf in flatten(params).items()}
@@ -56,13 +52,17 @@ def test_output_equals_the_published_class(name):
 def test_original_names_carry_the_same_function_and_come_back_bit_for_bit():
     case = load_case("dit_paper_original")
     config, params = import_dit(case.config, case.tensors)
-    original = export_dit_original(config, params, side=4)
+    original = export_dit(config, params, original=True)
     assert original["x_embedder.proj.weight"].shape == (40, 4, 2, 2)
     assert original["blocks.1.attn.qkv.weight"].shape == (120, 40)
-    again, back = import_dit_original(original, num_heads=2)
+    places = sincos2d(clips_as_rows(np.zeros((1, 1, 8, 8, 4)), (1, 2, 2))["position_BN3"], 40)
+    np.testing.assert_allclose(original["pos_embed"], places, atol=1e-6)
+    again, back = import_dit(case.config, original)
     assert again == config
     assert_bit_for_bit(flatten(back), flatten(params))
-    assert_bit_for_bit(export_dit_original(again, back, side=4), original)
+    assert_bit_for_bit(export_dit(again, back, original=True), original)
+    with pytest.raises(UserError, match="pos_embed.*is not the fixed"):
+        import_dit(case.config, {**original, "pos_embed": original["pos_embed"] + 0.1})
 
 
 @needs_golden
@@ -70,14 +70,14 @@ def test_wrong_tensors_are_named():
     case = load_case("dit_paper_original")
     renamed = dict(case.tensors)
     renamed["pos_embed.prof.bias"] = renamed.pop("pos_embed.proj.bias")
-    with pytest.raises(UserError, match="pos_embed.proj.bias.*pos_embed.prof.bias"):
+    with pytest.raises(UserError, match="missing: pos_embed.proj.bias; 1 keys unused: pos_"):
         import_dit(case.config, renamed)
     with pytest.raises(UserError, match=r"proj_out_2.bias is \(32,\), should be \(16,\)"):
         import_dit({**case.config, "out_channels": 4}, case.tensors)
     embedder = "norm1.emb.timestep_embedder.linear_1.bias"
     apart = dict(case.tensors)
     apart[f"transformer_blocks.1.{embedder}"] = apart[f"transformer_blocks.1.{embedder}"] + 1
-    with pytest.raises(UserError, match="transformer_blocks.1.*must share"):
+    with pytest.raises(UserError, match="transformer_blocks.1.*they are one parameter"):
         import_dit(case.config, apart)
 
 

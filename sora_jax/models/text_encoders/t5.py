@@ -54,8 +54,7 @@ def t5_encode(config: T5Config, tensors: dict, ids_BM, mask_BM=None):
     mask_BM: 1 for real tokens; every position attends to these alone, so rows of padding hold
     values too and are the caller's to clear (Wan does). None attends to all.
     """
-    table = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
-    x = jnp.asarray(table)[ids_BM].astype(jnp.float32)
+    x = jnp.asarray(tensors["shared.weight"])[ids_BM].astype(jnp.float32)
     allowed = None if mask_BM is None else (jnp.asarray(mask_BM) > 0)[:, None]
     buckets_NM = relative_buckets(ids_BM.shape[1], config.num_buckets, config.max_distance)
     act, bias_KNM = activation(config.activation), None
