@@ -9,7 +9,9 @@ from typing import Any
 from sora_jax.core.errors import UserError
 from sora_jax.weights.rules import Rule
 
-MODULES = ("wan_vae", "sd_vae")
+MODULES = (
+    "wan_vae", "sd_vae", "wan_dit", "dit_paper", "cogvideox_dit", "mmdit_block", "text_encoders",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,19 @@ def test_one_command_imports_a_folder_and_one_writes_it_back(folder, tmp_path):
             assert again.read_bytes() == path.read_bytes()
 
 
+MODELS = ("wan_dit_t2v", "wan_dit_i2v", "dit_paper_diffusers", "cogvideox_dit", "mmdit_block",
+          "t5_encoder", "umt5_encoder", "clip", "siglip", "wan21_vae", "wan22_vae", "sd_vae")
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_every_published_model_comes_back_byte_for_byte(case, tmp_path):
+    source = GOLDEN / case / "weights.safetensors"
+    published.import_weights(source, tmp_path / "native", None, None)
+    published.export_weights(tmp_path / "native", tmp_path / "again", None)
+    written, = (tmp_path / "again").glob("*.safetensors")
+    assert written.read_bytes() == source.read_bytes()
+
+
 def test_a_wrong_command_is_one_line(tmp_path):
     done = command("import", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: the arguments are import")
