@@ -27,6 +27,7 @@ def config_with(start_step=0, num_steps=12, **adversarial):
     """A tiny VAE with a discriminator."""
     config = runpy.run_path(str(ROOT / "configs/vae.py"))["get_config"]("runlocal")
     config.num_steps, config.optim.warmup_steps = num_steps, 2
+    config.vae.patch_size, config.vae.patch_frames = 2, 1
     config.vae.encoder_dims = config.vae.decoder_dims = (4, 4)
     config.vae.temporal_downsample, config.vae.temporal_kernels = (True,), (1, 3)
     config.vae.num_mid_blocks, config.vae.z_dim, config.vae.block_shortcut = 0, 4, False
