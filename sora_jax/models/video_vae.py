@@ -1,10 +1,11 @@
-"""Causal 3-D video VAE in the layout of Wan 2.1: an image is a clip of one frame.
+"""Causal 3-D video VAE in the layouts of Wan 2.1, Wan 2.2 and Stable Diffusion.
 
+An image is a clip of one frame.
 Frame 0 is a latent of its own; after it one latent covers `compression.time` frames. Nothing looks
 ahead, so the latents of the first 1 + 4k frames are a prefix of the latents of the whole clip.
 
 Source: Wan 2.1 (arXiv 2503.20314), section 4.1; the layout was checked against the published class
-(tests/parity/test_wan21_vae.py).
+(tests/parity/test_vae_goldens.py).
 """
 
 import dataclasses
