@@ -4,8 +4,8 @@ Command:  python -m sora_jax.train --config=configs/folder.py --config.data.fold
               --config.latents.vae=runs/vae_folder/vae.safetensors
 Before:   python -m sora_jax.train --config=configs/vae_folder.py --config.data.folder=DIR
 Time:     about 2 seconds a step on two CPU cores; 500 steps
-Result:   on a folder of 60 clips, 50 steps give coloured noise, nothing recognisable (seed 0); real
-          clips want a real machine and a longer run
+Result:   on a folder of 60 clips, 100 steps give coloured noise, nothing recognisable (seed 0);
+          real clips want a real machine and a longer run
 """
 
 import pathlib

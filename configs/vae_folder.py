@@ -15,12 +15,7 @@ def get_config(arg: str = ""):
     """configs/vae.py on a folder. arg "runlocal" shrinks everything to a trial."""
     config = VAE["get_config"](arg)
     config.data.dataset = "video_folder"
-    # Filmed clips have more detail than blocks of 16 values hold: a pyramid of convolutions.
-    config.vae.patch_size, config.vae.patch_frames = 2, 1
-    config.vae.encoder_dims, config.vae.decoder_dims = (24, 48, 48), (24, 48, 64)
-    config.vae.temporal_downsample = (True, True)
-    config.vae.temporal_kernels = (1, 3, 1)
-    config.vae.residual = True
+    config.vae = VAE["BASE"]["get_config"]().vae  # the pyramid, not blocks: what was measured
     config.vae.z_dim = 48
     config.vae_loss.kl_weight = 1e-3
     config.optim.learning_rate = 5e-4

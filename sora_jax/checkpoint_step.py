@@ -6,6 +6,7 @@ The format is described in docs/formats_checkpoint.md.
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import named_leaves
@@ -67,14 +68,8 @@ def read_params(directory, step, item, abstract_params, shardings):
     read = _read_items(directory, step, {item: wanted})
     if abstract_params is not None:
         return jax.tree.unflatten(jax.tree.structure(abstract_params), list(read.values()))
-    tree = {}
-    for path, leaf in read.items():
-        *rooms, name = path.split("/")[1:]
-        node = tree
-        for room in rooms:
-            node = node.setdefault(room, {})
-        node[name] = leaf
-    return tree
+    return traverse_util.unflatten_dict(
+        {tuple(path.split("/")[1:]): leaf for path, leaf in read.items()})
 
 
 def _first_device():

@@ -19,7 +19,7 @@ NOT_DECAYED = re.compile(r"norm|embedding|position|table|(^|/)(bias|scale|gamma|
 
 
 # Matrices inside the stacked layers of the transformer; modulation and embeddings are AdamW's.
-MUON_MATRICES = re.compile(r"blocks/.*(qkv|out|cross_q|cross_kv|mlp_in|mlp_out)/kernel")
+MUON_MATRICES = re.compile(r"blocks/.*(qkv|out|near_in|cross_q|cross_kv|mlp_in|mlp_out)/kernel")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 import jax
 
 from sora_jax import optim, sharding
+from sora_jax.core import chips, flops
 from sora_jax.core.tree import named_leaves, num_bytes
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import registry
@@ -12,7 +13,11 @@ from sora_jax.train_step import make_step, state_functions
 
 
 def show(config: RunConfig) -> dict[str, float]:
-    """Compiles the train step for the mesh and prints parameters, bytes and FLOPs per step."""
+    """Compiles the train step for the mesh and prints parameters, bytes and FLOPs per step, and
+    with mesh.chip how they compare with what that chip has."""
+    if config.mesh.num_devices:  # before the first use of a device
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
     mesh = sharding.make_mesh(config.mesh)
     task, batch = registry.outline(config)
     tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)
@@ -26,18 +31,62 @@ def show(config: RunConfig) -> dict[str, float]:
     }
     compiled = step.lower(abstract, rows).compile()
     memory = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
-    cost = cost[0] if isinstance(cost, list) else cost
+    step_flops, num_loops = flops.count(step, abstract, rows)
     summary = {
         "parameters": sum(math.prod(leaf.shape) for _, leaf in named_leaves(abstract.params)),
         "devices": mesh.size,
         "state_bytes": sum(num_bytes(leaf) for _, leaf in named_leaves(abstract)),
         "argument_bytes_per_device": getattr(memory, "argument_size_in_bytes", 0),
         "temporary_bytes_per_device": getattr(memory, "temp_size_in_bytes", 0),
-        "flops_per_device_and_step": cost.get("flops", float("nan")),
+        "bytes_per_device": device_bytes(memory),
+        "flops_per_device_and_step": step_flops / mesh.size,
+        "loops_counted_once": num_loops,
+        "exchanged_bytes_per_device": exchanged_bytes(abstract.params, shardings.params, mesh),
         "rows": next(iter(batch.values())).shape[0],
     }
     print()
     for name, value in summary.items():
         print(f"{name:28} {value:,.0f}")
+    if config.mesh.chip:
+        print(against(chips.chip(config.mesh.chip).per_device(), summary))
     return summary
+
+
+def device_bytes(memory) -> int:
+    """Bytes that the compiled step holds at once on a device: state, batch and what it computes.
+    The new state takes the place of the old. XLA's figures for the backend it was compiled on."""
+    sizes = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
+    return sum(getattr(memory, name, 0) for name in sizes) - getattr(
+        memory, "alias_size_in_bytes", 0)
+
+
+def exchanged_bytes(params, shardings, mesh) -> float:
+    """Bytes that a device sends in a step for parameters and gradients: the least that ring
+    algorithms need, (n - 1) / n of an array for a gather or a scatter among n.
+
+    A split parameter is gathered for the forward and the backward pass and its gradient scattered;
+    then gradients are summed (scatter and gather) where devices hold the same part.
+    """
+    total = 0.0
+    for (_, leaf), at in zip(named_leaves(params), jax.tree.leaves(shardings), strict=True):
+        size = num_bytes(leaf)
+        parts = math.prod(leaf.shape) // max(1, math.prod(at.shard_shape(leaf.shape)))
+        copies = mesh.size // parts
+        total += 3 * size * (parts - 1) / parts + 2 * size / parts * (copies - 1) / copies
+    return total
+
+
+def against(chip: chips.Chip, summary: dict[str, float]) -> str:
+    """Whether the step fits a device of this chip, and the least time it can take there."""
+    share = summary["bytes_per_device"] / chip.hbm_bytes
+    times = {
+        "products in bfloat16": summary["flops_per_device_and_step"] / chip.bf16_flops,
+        "memory, each byte held moved once": summary["bytes_per_device"] / chip.hbm_bandwidth,
+        "links, one way": summary["exchanged_bytes_per_device"] / (chip.link_bytes / 2),
+    }
+    bound = max(times, key=times.get)
+    lines = [f"{chip.name}: {'fits' if share <= 1 else 'DOES NOT FIT'}, {share:.1%} of "
+             f"{chip.hbm_bytes / 2**30:.1f} GiB"]
+    lines += [f"  {name:34} {1e3 * seconds:12,.3f} ms" for name, seconds in times.items()]
+    lines.append(f"  {'a step takes at least':34} {1e3 * times[bound]:12,.3f} ms ({bound})")
+    return "\n".join(lines)

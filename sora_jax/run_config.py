@@ -18,7 +18,7 @@ from sora_jax.diffusion.grids import FLOW_SPACINGS
 from sora_jax.diffusion.solvers import SAMPLERS
 from sora_jax.models.discriminator import DiscriminatorConfig
 from sora_jax.models.distortion_net import DistortionNetConfig
-from sora_jax.models.dit import DiTConfig
+from sora_jax.models.model_config import ModelConfig
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.optim import OptimConfig
 from sora_jax.sharding import MeshConfig
@@ -191,7 +191,7 @@ class RunConfig:
     data: DataConfig
     latents: LatentsConfig
     packing: PackingConfig
-    model: DiTConfig
+    model: ModelConfig
     diffusion: DiffusionConfig
     vae: VideoVAEConfig
     vae_loss: VAELossConfig
@@ -214,6 +214,11 @@ def resolve(mapping) -> RunConfig:
             raise UserError(f"{name} = {getattr(config, name)} must be at least 1")
     if (config.data.max_frames - 1) % 4:
         raise UserError(f"data.max_frames = {config.data.max_frames} must be 1 + 4k")
+    if config.packing.token_drop is not None and config.model.local_width:
+        raise UserError(
+            f"packing.token_drop leaves gaps between tokens, and model.local_width = "
+            f"{config.model.local_width} reads neighbours by their place in the row; set one of "
+            "them to None or 0")
     return config
 
 

@@ -1,13 +1,24 @@
-"""Start-up shared by the entry points: allocator settings, and errors as one line."""
+"""Start-up shared by the entry points: allocator settings, the processes of a run, and errors as
+one line."""
 
 import os
 import sys
 
 from absl import app, flags, logging
 
+from sora_jax import processes
 from sora_jax.core.errors import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0; default: JAX_COORDINATOR_ADDRESS, SLURM or TPU.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Which of them this is, from 0.")
+_JOIN = flags.DEFINE_float("join_timeout_seconds", 300, "Until all processes have to be there.")
+_DEAD = flags.DEFINE_float(
+    "dead_peer_seconds", 60, "After which a silent process is dead and all others end.")
 
 # Without these a train step on CPU spends a sixth of its time in page faults: big arrays are
 # mapped and returned to the system at every step. glibc reads them only when a process starts.
@@ -19,8 +30,7 @@ _MALLOC = {
 
 
 def start(main) -> None:
-    """Runs an absl main: tunes the allocator first, shows a UserError as one line (exit 2)."""
-    tune_allocator()
+    """Runs an absl main and shows a UserError as one line (exit 2)."""
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # the libraries' own progress notes are not ours
@@ -28,15 +38,36 @@ def start(main) -> None:
             return main(argv)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            return EXIT_USER_ERROR
-        except FileNotFoundError as error:
-            if error.filename and str(error.filename).endswith(".py"):
-                print(f"error: no config file {error.filename}", file=sys.stderr)
+            code = EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            code = EXIT_INTERRUPTED
+        except Exception as error:
+            file = str(getattr(error, "filename", ""))
+            if isinstance(error, FileNotFoundError) and file.endswith(".py"):
+                print(f"error: no config file {file}", file=sys.stderr)
                 return EXIT_USER_ERROR
+            if processes.is_joined():
+                processes.end_after(error)
             raise
+        if processes.is_joined():
+            processes.end(code)
+        return code
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     app.run(guarded, flags_parser=parse_flags)
+
+
+def join_processes() -> None:
+    """Connects this process with the others of the run, where there are any; see processes.find.
+
+    Raises UserError where that cannot be done in --join_timeout_seconds.
+    """
+    for flag in (_JOIN, _DEAD):
+        if flag.value < 1:
+            raise UserError(f"--{flag.name}={flag.value:g} must be at least 1")
+    found = processes.find(
+        os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_INDEX.value)
+    processes.join(found, _JOIN.value, _DEAD.value)
 
 
 def parse_flags(argv):
@@ -56,7 +87,10 @@ def parse_flags(argv):
 
 
 def tune_allocator() -> None:
-    """Starts this very process anew with glibc's allocator tuned, once, on Linux."""
+    """Starts this very process anew with glibc's allocator tuned, once, on Linux.
+
+    A command calls it before its other imports, which would be made twice.
+    """
     if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(f"{k}={v}" for k, v in _MALLOC.items())

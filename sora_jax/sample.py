@@ -9,9 +9,14 @@ import pathlib
 import re
 from types import SimpleNamespace
 
+from sora_jax import runtime
+
+if __name__ == "__main__":  # before the slow imports: it may start this process anew
+    runtime.tune_allocator()
+
 from absl import flags
 
-from sora_jax import checkpoint, run_config, runtime
+from sora_jax import checkpoint, run_config
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.data.encode import write_mp4

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sora_jax.core import chips
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import map_with_name, named_leaves, num_bytes, table
 
@@ -49,6 +50,14 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
+    num_devices: int = 0  # that the run needs; 0 = all there are. --mode=plan makes fake ones
+    chip: str = ""  # of core/chips.py, for --mode=plan; "" = no estimate
+
+    def __post_init__(self):
+        if self.num_devices < 0:
+            raise UserError(f"mesh.num_devices = {self.num_devices} must not be negative")
+        if self.chip:
+            chips.chip(self.chip)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -58,6 +67,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes, total = [config.data, config.fsdp], len(devices)
+    if config.num_devices not in (0, total):
+        raise UserError(f"mesh.num_devices = {config.num_devices} and {total} devices are here")
     asked = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"{asked}: sizes are 1 or more, and at most one is -1 (the rest)")
@@ -185,6 +196,15 @@ def put_batch(host_batch, mesh: Mesh):
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), host_batch
     )
+
+
+def whole(tree, mesh: Mesh):
+    """The tree as this process alone can use it: itself where there is one process, else copies in
+    host memory, gathered from all (every process calls this)."""
+    if jax.process_count() == 1:
+        return tree
+    gathered = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered)
 
 
 def describe(tree, shardings=None) -> str:

@@ -3,9 +3,17 @@
     python -m sora_jax.train --config=configs/base.py [--workdir=runs/base] [--mode=train]
 """
 
+import contextlib
+import dataclasses
 import os
 import pathlib
 
+from sora_jax import runtime
+
+if __name__ == "__main__":  # before the slow imports: it may start this process anew
+    runtime.tune_allocator()
+
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -15,11 +23,12 @@ from sora_jax import (
     metrics,
     optim,
     plan,
+    processes,
     run_config,
-    runtime,
     sharding,
     stopping,
 )
+from sora_jax.core.errors import UserError
 from sora_jax.evaluation import evaluators
 from sora_jax.tasks import encode_mode, registry
 from sora_jax.tasks.task import Task
@@ -38,9 +47,18 @@ def main(_):
     if _MODE.value == "plan":
         plan.show(config)
         return None
+    runtime.join_processes()
     if _MODE.value == "encode":
-        return encode_mode.encode(config, workdir)
-    run_config.claim_workdir(config, workdir)
+        with processes.first_goes_first("encode"):
+            return encode_mode.encode(config, workdir)
+    if _MODE.value == "eval" and jax.process_count() > 1:
+        raise UserError(f"--mode=eval runs in one process, not in {jax.process_count()}; start it "
+                        "on one machine, beside the training or after it")
+    with processes.first_goes_first("workdir"):
+        run_config.claim_workdir(config, workdir)
+    if jax.process_index():  # the first process does it
+        config = dataclasses.replace(
+            config, latents=dataclasses.replace(config.latents, rebuild=False))
     if _MODE.value == "eval":
         return eval_job.follow(config, workdir)
     return train(config, workdir)
@@ -59,7 +77,8 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
     Returns the exit code: None at the end, stopping.EXIT_STOPPED after SIGTERM (state saved).
     """
     mesh = sharding.make_mesh(config.mesh)
-    task = registry.build(config, workdir)
+    with processes.first_goes_first("data"):  # it prepares and encodes what is missing
+        task = registry.build(config, workdir)
     tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)
     init_state, abstract, shardings = state_functions(config, task, tx, mesh)
     step_fn = make_step(config, task, tx, mesh, shardings)
@@ -83,31 +102,44 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
                 log(late.flush(), writer, progress)
                 checkpoints.save(step, state)
             if sample_due(config, step):
-                with progress.not_counted():
-                    files = task.sample(state.ema_params, step, workdir)
-                    print(f"samples: {files[-1]}", flush=True)
+                with progress.not_counted(), beside_training("sample", state, mesh) as params:
+                    if params is not None:
+                        files = task.sample(params, step, workdir)
+                        print(f"samples: {files[-1]}", flush=True)
             if evaluation_due(config, step):
-                with progress.not_counted():
-                    evaluators.evaluate_and_write(config, state.ema_params, step, workdir)
+                with progress.not_counted(), beside_training("evaluate", state, mesh) as params:
+                    if params is not None:
+                        evaluators.evaluate_and_write(config, params, step, workdir)
         log(late.flush(), writer, progress)
         writer.close()
-        finish(config, task, state, workdir)
+        with beside_training("finish", state, mesh) as params:
+            if params is not None:
+                finish(config, task, params, int(state.step), workdir)
 
 
-def finish(config, task: Task, state, workdir: str) -> None:
+@contextlib.contextmanager
+def beside_training(name: str, state, mesh):
+    """The averaged weights, whole, for work that one process does; None on the other processes,
+    which wait at the end of the block until the first has done it."""
+    params = sharding.whole(state.ema_params, mesh)
+    yield None if jax.process_index() else params
+    processes.wait_for_all(f"{name} {int(state.step)}")
+
+
+def finish(config, task: Task, params, step: int, workdir: str) -> None:
     """Files of the task, and samples and figures of the last step where they are missing.
 
-    An evaluation job may have written the figures already; the task's files do not wait on that.
+    params: the averaged weights. An evaluation job may have written the figures already; the task's
+    files do not wait on that.
     """
-    step = int(state.step)
-    for path in task.finish(state.ema_params, step, workdir):
+    for path in task.finish(params, step, workdir):
         print(f"wrote {path}")
     done = {row["step"] for row in metrics.read_json_lines(f"{workdir}/eval.jsonl")}
     sheet = pathlib.Path(workdir) / "samples" / f"step_{step:07d}.png"
     if config.sampling.num_clips and not sheet.exists():
-        print(f"samples: {task.sample(state.ema_params, step, workdir)[-1]}", flush=True)
+        print(f"samples: {task.sample(params, step, workdir)[-1]}", flush=True)
     if step not in done:
-        evaluators.evaluate_and_write(config, state.ema_params, step, workdir)
+        evaluators.evaluate_and_write(config, params, step, workdir)
 
 
 def log(fetched, writer, progress) -> None:

@@ -52,7 +52,8 @@ def test_training_writes_metrics_samples_checkpoints_events_and_an_evaluation(ru
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     (evaluation,) = lines(run / "eval.jsonl")
     assert evaluation["step"] == 40
-    assert {"prompt_match", "vae_psnr", "vae_ssim", "validation_loss"} <= set(evaluation)
+    assert {"prompt_match", "latents_prompt_match", "vae_psnr", "vae_ssim",
+            "validation_loss"} <= set(evaluation)
     samples = sorted(path.name for path in (run / "samples").iterdir())
     assert "step_0000010.png" in samples and "step_0000040_03.mp4" in samples
     assert frames(run / "samples" / "step_0000040_00.mp4").ndim == 4
@@ -169,6 +170,9 @@ MISTAKES = {
     "absent vae": (["--config.latents.vae=/nowhere.safetensors"], "/nowhere.safetensors"),
     "heads": (["--config.model.num_heads=5"], "5 heads"),
     "devices": (["--config.mesh.fsdp=3"], "mesh.fsdp = 3"),
+    "chip": (["--config.mesh.chip=v9"], "allowed: v5e, v5p"),
+    "coordinator": (["--coordinator=127.0.0.1:9", "--num_processes=2", "--process_index=1",
+                     "--join_timeout_seconds=1"], "no coordinator at 127.0.0.1:9"),
 }
 
 

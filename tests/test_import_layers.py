@@ -22,6 +22,8 @@ LAYERS = {
     "fingerprint": 2,
     "workdir": 2,
     "stopping": 2,
+    "processes": 2,
+    "peer_loss": 2,
     "metrics": 2,
     "clu_without_tensorflow": 2,
     "run_config": 2,
@@ -136,11 +138,11 @@ def test_flags_are_read_by_entries_alone():
 
 
 @pytest.mark.parametrize("importer, source, reason", [
-    ("sora_jax.core.rng", "import sora_jax.models.dit", "(layer 0) is below models (layer 1)"),
+    ("sora_jax.core.rng", "import sora_jax.models.layers", "(layer 0) is below models (layer 1)"),
     ("sora_jax.core.rng", "from sora_jax import train", "(layer 0) is below train (layer 5)"),
     ("sora_jax.core.rng", "def f():\n    from ..tasks import task", "(layer 0) is below tasks"),
-    ("sora_jax.models.dit", "from sora_jax.diffusion import times", "are siblings"),
-    ("sora_jax.data.packing", "from ..models.dit import DiT", "are siblings"),
+    ("sora_jax.models.layers", "from sora_jax.diffusion import times", "are siblings"),
+    ("sora_jax.data.packing", "from ..models.layers import Linear", "are siblings"),
     ("sora_jax.tasks.vae", "from sora_jax.evaluation import psnr", "tasks (layer 3) is below"),
     ("sora_jax.weights.rules", "from sora_jax.weights import __main__", "(layer 2) is below"),
     ("sora_jax.diffusion.times", "from flax import linen", "diffusion never imports flax"),

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -11,21 +10,16 @@ from test_checkpoint import equal, make_state, restore
 
 from sora_jax.metrics import read_json_lines
 
+ROOT = pathlib.Path(__file__).parents[1]
+
 
 def test_two_processes_feed_their_rows_and_share_checkpoints_with_one(tmp_path):
-    script = pathlib.Path(__file__).with_name("two_processes.py")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(index), port, str(tmp_path)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(script.parents[1])},
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for index in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    process = subprocess.run(
+        [sys.executable, ROOT / "launch" / "local.py", "--num-processes=2",
+         "--module=two_processes", "--", tmp_path],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        text=True, capture_output=True, timeout=120)
+    assert process.returncode == 0, process.stdout + process.stderr
     equal(restore(tmp_path), make_state(1))
     assert [path.name for path in (tmp_path / "checkpoints_damaged").iterdir()] == ["2.0"]
     expected = float(np.sum(np.arange(32).reshape(16, 2) * np.arange(16)[:, None]))

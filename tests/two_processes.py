@@ -1,4 +1,4 @@
-"""Run by test_two_processes.py, once per process: python two_processes.py INDEX PORT DIRECTORY."""
+"""Started twice by test_two_processes.py through launch/local.py: two_processes DIRECTORY."""
 
 import os
 import pathlib
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sora_jax import metrics, sharding, stopping
+from sora_jax import metrics, processes, sharding, stopping
 from sora_jax.checkpoint import CheckpointConfig, Checkpointer
 
 
-def main(index: int, port: str, directory: pathlib.Path):
+def main(directory: pathlib.Path):
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    processes.join(processes.find(os.environ))
+    index = jax.process_index()
     from test_checkpoint import abstract, make_state, placed  # it makes arrays: after the above
 
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2))
@@ -53,4 +54,4 @@ def main(index: int, port: str, directory: pathlib.Path):
     writer.close()
 
 
-main(int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]))
+main(pathlib.Path(sys.argv[1]))

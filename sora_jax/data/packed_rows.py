@@ -7,7 +7,7 @@ import numpy as np
 from sora_jax.core.errors import UserError
 from sora_jax.data.tokenizers import encode_bytes
 
-NUM_FACTS = 5  # F: frames, height, width (pixels), fps, latent tokens
+NUM_FACTS = 5  # F: frames, height, width (pixels), fps, latent tokens (dropped ones too)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,7 @@ class PackedClip:
     height: int
     width: int
     fps: float
+    kept: np.ndarray | None = None  # indices of its tokens that are there; None: all
 
 
 def num_tokens(shape_THW, patch) -> np.ndarray:
@@ -67,6 +68,7 @@ def empty_rows(num_rows: int, config, patch, channels: int) -> dict[str, np.ndar
         "text_BM": np.zeros((B, M), np.int32),
         "text_segment_BM": np.zeros((B, M), np.int32),
         "clip_BSF": np.zeros((B, S, NUM_FACTS), np.float32),
+        "extent_BS3": np.zeros((B, S, 3), np.int32),
     }
 
 
@@ -81,6 +83,8 @@ def pack_row(batch: dict, row: int, clips: list[PackedClip | None], config, patc
         if clip is None:
             continue
         tokens_ND = patchify(clip.latents_THWC, patch)
+        kept = slice(None) if clip.kept is None else clip.kept
+        num_all, tokens_ND = len(tokens_ND), tokens_ND[kept]
         ids = encode_bytes(clip.caption, config.caption_limit)
         video, text = slice(n, n + len(tokens_ND)), slice(m, m + len(ids))
         n, m = video.stop, text.stop
@@ -88,16 +92,17 @@ def pack_row(batch: dict, row: int, clips: list[PackedClip | None], config, patc
         batch["tokens_BND"][row, video] = tokens_ND
         batch["segment_BN"][row, video] = segment
         grid = [size // p for size, p in zip(clip.latents_THWC.shape, patch, strict=False)]
-        batch["position_BN3"][row, video] = positions(grid)
+        batch["position_BN3"][row, video] = positions(grid)[kept]
+        batch["extent_BS3"][row, segment - 1] = grid
         batch["text_BM"][row, text] = ids
         batch["text_segment_BM"][row, text] = segment
         batch["clip_BSF"][row, segment - 1] = (
-            clip.frames, clip.height, clip.width, clip.fps, len(tokens_ND)
+            clip.frames, clip.height, clip.width, clip.fps, num_all
         )
 
 
 def unpack_row(batch: dict, row: int, segment: int, patch) -> np.ndarray:
-    """latents_THWC of one segment of a row; the inverse of `pack_row`."""
+    """latents_THWC of one segment of a row with all its tokens; the inverse of `pack_row`."""
     mine = batch["segment_BN"][row] == segment
     tokens_ND = batch["tokens_BND"][row][mine]
     grid = batch["position_BN3"][row][mine].max(axis=0) + 1

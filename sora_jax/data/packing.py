@@ -14,12 +14,13 @@ import numpy as np
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.rng import numpy_stream
+from sora_jax.data import token_drop
+from sora_jax.data.best_fit import LOOSE_SHARE, pack
+from sora_jax.data.token_drop import TokenDropConfig
 
 MAX_CLIPS = 64
-OPEN_ROWS = 64  # rows of a window that may still grow
 MIN_BLOCK_CLIPS = 8192
 MIN_BLOCK_STEPS = 16
-LOOSE_SHARE = 0.97  # a row less full than this is packed again together with other windows' rows
 TRIED_BLOCKS = 3  # blocks planned to find how many rows every block gets
 SLACK_SHARE = 0.02  # rows added to that, because blocks of one dataset differ a little
 
@@ -36,6 +37,7 @@ class PackingConfig:
     caption_drop: float = 0.1  # probability that a clip gets no caption (BOS alone)
     window: int = 2048  # clips packed together
     balance_batches: int = 8  # batches whose rows are sorted by cost together; 1 = no balance
+    token_drop: TokenDropConfig | None = None  # None keeps every token
 
     def __post_init__(self):
         for name in ("rows", "row_tokens", "row_text", "max_clips", "window", "balance_batches"):
@@ -65,22 +67,33 @@ class ClipLengths:
 
     tokens_C int: video tokens. caption_tokens_K int: text tokens with BOS, uncut.
     caption_start_C1 int (C+1): captions of clip c are [start[c], start[c+1]); a clip may have none.
+    grid_C3 int: size of each clip in patches (t, h, w); only dropping tokens asks for it.
     """
 
     tokens_C: np.ndarray
     caption_tokens_K: np.ndarray
     caption_start_C1: np.ndarray
+    grid_C3: np.ndarray | None = None
 
     def __len__(self):
         return len(self.tokens_C)
 
+    def most_tokens(self, config: PackingConfig):
+        """The most video tokens (C,) that a clip takes in a row, after dropping."""
+        if config.token_drop is None:
+            return self.tokens_C
+        return token_drop.most_kept(config.token_drop, self.grid_C3)
+
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
-    """Clips of one row in order, and for each the caption's index (-1: dropped or none)."""
+    """Clips of one row in order, and for each the caption's index (-1: dropped or none), the pass
+    of the block that it comes from, and the share of its tokens that is dropped."""
 
     clips: np.ndarray
     captions: np.ndarray
+    visits: np.ndarray
+    dropped: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +102,17 @@ class BlockPlan:
 
     clips_O: np.ndarray
     captions_O: np.ndarray
+    visits_O: np.ndarray
+    dropped_O: np.ndarray
+    tokens_O: np.ndarray  # kept
     row_start_R1: np.ndarray
     useful_tokens: int
     num_filled: int  # clips drawn again to fill the last batch
 
     def row(self, index: int) -> RowPlan:
         span = slice(self.row_start_R1[index], self.row_start_R1[index + 1])
-        return RowPlan(self.clips_O[span], self.captions_O[span])
+        return RowPlan(self.clips_O[span], self.captions_O[span], self.visits_O[span],
+                       self.dropped_O[span])
 
     @property
     def num_rows(self) -> int:
@@ -106,13 +123,14 @@ def check_lengths(lengths: ClipLengths, config: PackingConfig) -> int:
     """Number of captions that will be cut. Raises UserError where a clip cannot be packed."""
     if not len(lengths):
         raise UserError("the dataset has no clips: there is nothing to pack")
-    longest = int(np.argmax(lengths.tokens_C))
-    if lengths.tokens_C[longest] > config.row_tokens:
-        too_long = int(np.sum(lengths.tokens_C > config.row_tokens))
+    tokens_C = lengths.most_tokens(config)
+    longest = int(np.argmax(tokens_C))
+    if tokens_C[longest] > config.row_tokens:
+        too_long = int(np.sum(tokens_C > config.row_tokens))
         raise UserError(
-            f"clip {longest} has {lengths.tokens_C[longest]} tokens and a row holds "
+            f"clip {longest} has {tokens_C[longest]} tokens and a row holds "
             f"packing.row_tokens = {config.row_tokens} ({too_long} of {len(lengths)} clips are "
-            f"longer); raise row_tokens to {lengths.tokens_C[longest]}, or encode shorter or "
+            f"longer); raise row_tokens to {tokens_C[longest]}, or encode shorter or "
             "smaller clips"
         )
     if int(np.min(lengths.tokens_C)) < 1:
@@ -138,8 +156,7 @@ def plan_steps(lengths: ClipLengths, config: PackingConfig, seed: int) -> int:
     """Steps of every block: what the first blocks need plus SLACK_SHARE, in whole batches."""
     most = 0
     for block in range(TRIED_BLOCKS):
-        rng = numpy_stream(seed, "packing", block)
-        most = max(most, _draw_packed(lengths, config, rng)[2].max() + 1)
+        most = max(most, _Block(lengths, config, seed, block).draw_packed()[1].max() + 1)
     return -(-int((1 + SLACK_SHARE) * most + 1) // config.rows)
 
 
@@ -147,40 +164,86 @@ def plan_block(
     lengths: ClipLengths, config: PackingConfig, seed: int, block: int, num_steps: int
 ) -> BlockPlan:
     """The rows of a block of `num_steps` steps (from `plan_steps`). Pure."""
-    rng = numpy_stream(seed, "packing", block)
+    source = _Block(lengths, config, seed, block)
     num_rows = num_steps * config.rows
     for _ in range(64):  # a second draw is rare: it takes unusually long captions
-        clips_O, captions_O, row_O = _draw_packed(lengths, config, rng)
+        drawn, row_O = source.draw_packed()
         if row_O.max() < num_rows:
             break
     assert row_O.max() < num_rows, "64 draws of a block need more rows than its steps have"
-    more_clips, more_captions, more_rows = _fill(
-        lengths, config, rng, num_rows, row_O, *_sizes(lengths, config, clips_O, captions_O)
-    )
-    clips_O = np.concatenate([clips_O, more_clips])
-    captions_O = np.concatenate([captions_O, more_captions])
+    more, more_rows = _fill(source, num_rows, row_O, drawn)
+    drawn = drawn.joined(more)
     row_O = np.concatenate([row_O, more_rows])
-    tokens_O = lengths.tokens_C[clips_O]
-    place_R = _balance(np.bincount(row_O, tokens_O.astype(np.float64) ** 2, num_rows), config, rng)
-    row_O = place_R[row_O]
+    cost_R = np.bincount(row_O, drawn.tokens_O.astype(np.float64) ** 2, num_rows)
+    row_O = _balance(cost_R, config, source.rng)[row_O]
     order = np.argsort(row_O, kind="stable")
     counts_R = np.bincount(row_O, minlength=num_rows)
     return BlockPlan(
-        clips_O=clips_O[order],
-        captions_O=captions_O[order],
+        clips_O=drawn.clips_O[order],
+        captions_O=drawn.captions_O[order],
+        visits_O=drawn.visits_O[order],
+        dropped_O=drawn.dropped_O[order],
+        tokens_O=drawn.tokens_O[order],
         row_start_R1=np.concatenate([[0], np.cumsum(counts_R)]),
-        useful_tokens=int(tokens_O.sum()),
-        num_filled=len(more_clips),
+        useful_tokens=int(drawn.tokens_O.sum()),
+        num_filled=len(more_rows),
     )
 
 
-def _draw_packed(lengths, config, rng):
-    """(clips_O, captions_O, row_O) of whole epochs: permutations of the clips, each with a drawn
-    caption, and the rows they are packed in."""
-    epochs = block_epochs(lengths, config)
-    clips_O = np.concatenate([rng.permutation(len(lengths)) for _ in range(epochs)])
-    captions_O = _draw_captions(lengths, config, rng, clips_O)
-    return clips_O, captions_O, _pack(*_sizes(lengths, config, clips_O, captions_O), config)
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """Clips in the order drawn, each with its caption, pass, dropped share and both lengths."""
+
+    clips_O: np.ndarray
+    captions_O: np.ndarray
+    visits_O: np.ndarray
+    dropped_O: np.ndarray
+    tokens_O: np.ndarray
+    text_O: np.ndarray
+
+    def joined(self, *others):
+        """One after the other."""
+        return _Drawn(*(np.concatenate([getattr(part, field.name) for part in (self, *others)])
+                        for field in dataclasses.fields(self)))
+
+    def at(self, index):
+        return _Drawn(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+
+
+class _Block:
+    """Where the clips of a block come from: passes over the dataset, each shuffled."""
+
+    def __init__(self, lengths, config, seed, block):
+        self.lengths, self.config, self.seed, self.block = lengths, config, seed, block
+        self.epochs = block_epochs(lengths, config)
+        self.rng = numpy_stream(seed, "packing", block)
+
+    def draw_packed(self):
+        """(whole epochs of clips, the row each is packed in)."""
+        clips_O = np.concatenate(
+            [self.rng.permutation(len(self.lengths)) for _ in range(self.epochs)])
+        visits_O = np.repeat(np.arange(self.epochs), len(self.lengths))
+        drawn = self._with_lengths(clips_O, visits_O)
+        return drawn, pack(drawn.tokens_O, drawn.text_O, self.config)
+
+    def draw_pass(self, visit: int) -> _Drawn:
+        """Every clip once more."""
+        return self._with_lengths(
+            self.rng.permutation(len(self.lengths)), np.full(len(self.lengths), visit))
+
+    def _with_lengths(self, clips_O, visits_O):
+        captions_O = _draw_captions(self.lengths, self.config, self.rng, clips_O)
+        text_O = _text_tokens(self.lengths, self.config, clips_O, captions_O)
+        drop, grid_C3 = self.config.token_drop, self.lengths.grid_C3
+        dropped_O = np.zeros(len(clips_O))
+        tokens_O = self.lengths.tokens_C[clips_O].astype(np.int64)
+        if drop is not None:
+            for visit in np.unique(visits_O):
+                mine = visits_O == visit
+                share_C = token_drop.dropped_share(drop, self.seed, self.block, visit, grid_C3)
+                dropped_O[mine] = share_C[clips_O[mine]]
+            tokens_O = token_drop.num_kept(drop, dropped_O, grid_C3[clips_O])
+        return _Drawn(clips_O, captions_O, visits_O, dropped_O, tokens_O, text_O)
 
 
 def _draw_captions(lengths, config, rng, clips_O):
@@ -190,98 +253,33 @@ def _draw_captions(lengths, config, rng, clips_O):
     return np.where(dropped_O | (count_O == 0), -1, captions_O)
 
 
-def _sizes(lengths, config, clips_O, captions_O):
-    """(video tokens, text tokens) of each drawn clip."""
+def _text_tokens(lengths, config, clips_O, captions_O):
+    """Text tokens of each drawn clip."""
     if len(lengths.caption_tokens_K):
         flat_O = lengths.caption_start_C1[clips_O] + np.maximum(captions_O, 0)
         text_O = lengths.caption_tokens_K[np.minimum(flat_O, len(lengths.caption_tokens_K) - 1)]
     else:
         text_O = np.ones(len(clips_O), np.int64)
-    text_O = np.where(captions_O < 0, 1, np.minimum(text_O, config.caption_limit))
-    return lengths.tokens_C[clips_O].astype(np.int64), text_O.astype(np.int64)
+    return np.where(captions_O < 0, 1, np.minimum(text_O, config.caption_limit)).astype(np.int64)
 
 
-def _pack(tokens_O, text_O, config):
-    """Row of each clip: best fit in the given order inside windows, then once more for the clips
-    of the loose rows that the ends of windows leave."""
-    row_O = np.full(len(tokens_O), -1, np.int64)
-    todo = np.arange(len(tokens_O))
-    num_rows = 0
-    while len(todo):
-        local = _best_fit_windows(tokens_O[todo], text_O[todo], config)
-        counts_R = np.bincount(local)
-        full_R = np.bincount(local, tokens_O[todo]) >= LOOSE_SHARE * config.row_tokens
-        full_R |= counts_R >= config.max_clips
-        if len(todo) <= config.window or not full_R.any():
-            full_R[:] = True
-        name_R = num_rows + np.cumsum(full_R) - 1
-        kept = full_R[local]
-        row_O[todo[kept]] = name_R[local[kept]]
-        num_rows += int(full_R.sum())
-        todo = todo[~kept]
-    return row_O
+def _fill(source: _Block, num_rows, row_O, drawn: _Drawn):
+    """Clips drawn once more, and their rows, until the rows hold no more.
 
-
-def _best_fit_windows(tokens_O, text_O, config):
-    """Row of each clip, each window of clips by itself, all windows advanced together.
-
-    A window keeps OPEN_ROWS rows open. A clip goes to the fullest row that holds it; where none
-    does, the fullest row is closed and a new one takes its slot.
-    """
-    num_windows = -(-len(tokens_O) // config.window)
-    length = -(-len(tokens_O) // num_windows)
-    num_windows = -(-len(tokens_O) // length)
-    grid = np.full(num_windows * length, -1)
-    grid[: len(tokens_O)] = np.arange(len(tokens_O))
-    grid_WL = grid.reshape(num_windows, length)
-    free_WK = np.full((num_windows, OPEN_ROWS), -1, np.int32)
-    text_WK, clips_WK = np.zeros_like(free_WK), np.zeros_like(free_WK)
-    row_WK = np.zeros(free_WK.shape, np.int64)
-    count_W = np.zeros(num_windows, np.int64)
-    row_WL = np.zeros(grid_WL.shape, np.int64)
-    for i in range(length):
-        n = num_windows - int(grid_WL[-1, i] < 0)  # only the last window may be shorter
-        windows = np.arange(n)
-        item_W = grid_WL[:n, i]
-        need_W, words_W = tokens_O[item_W], text_O[item_W]
-        free = free_WK[:n]
-        fits = (free >= need_W[:, None]) & (text_WK[:n] >= words_W[:, None]) & (clips_WK[:n] > 0)
-        score = np.where(fits, free, np.iinfo(np.int32).max)
-        slot_W = score.argmin(axis=1)
-        new = windows[~fits[windows, slot_W]]
-        if len(new):
-            slot_W[new] = free[new].argmin(axis=1)
-            place = new, slot_W[new]
-            free_WK[place], text_WK[place] = config.row_tokens, config.row_text
-            clips_WK[place], row_WK[place] = config.max_clips, count_W[new]
-            count_W[new] += 1
-        place = windows, slot_W
-        free_WK[place] -= need_W.astype(np.int32)
-        text_WK[place] -= words_W.astype(np.int32)
-        clips_WK[place] -= 1
-        row_WL[:n, i] = row_WK[place]
-    first_W = np.concatenate([[0], np.cumsum(count_W)[:-1]])
-    return (row_WL + first_W[:, None]).reshape(-1)[: len(tokens_O)]
-
-
-def _fill(lengths, config, rng, num_rows, row_O, tokens_O, text_O):
-    """Clips drawn once more, with their captions and rows, until the rows hold no more.
-
-    They come from one more permutation of the dataset after the other, so no clip is drawn again
+    They come from one more pass over the dataset after the other, so no clip is drawn again
     twice before every clip was offered once.
     """
-    free_R = config.row_tokens - np.bincount(row_O, tokens_O, num_rows).astype(np.int64)
-    text_R = config.row_text - np.bincount(row_O, text_O, num_rows).astype(np.int64)
+    config = source.config
+    free_R = config.row_tokens - np.bincount(row_O, drawn.tokens_O, num_rows).astype(np.int64)
+    text_R = config.row_text - np.bincount(row_O, drawn.text_O, num_rows).astype(np.int64)
     clips_R = config.max_clips - np.bincount(row_O, minlength=num_rows)
-    wanted = int(np.median(lengths.tokens_C))
+    wanted = int(np.median(drawn.tokens_O))
     rows = np.flatnonzero(free_R >= min(wanted, (1 - LOOSE_SHARE) * config.row_tokens))
     free, text, clips = free_R[rows], text_R[rows], clips_R[rows]
-    found, misses = [], 0
-    while len(rows) and misses < 256 and len(found) < config.max_clips * num_rows:
-        drawn = rng.permutation(len(lengths))
-        captions = _draw_captions(lengths, config, rng, drawn)
-        needs, words = _sizes(lengths, config, drawn, captions)
-        for clip, caption, need, word in zip(drawn, captions, needs, words, strict=True):
+    found, found_rows, misses, visit = [], [], 0, source.epochs
+    while len(rows) and misses < 256 and len(found_rows) < config.max_clips * num_rows:
+        offered, taken = source.draw_pass(visit), []
+        for i, (need, word) in enumerate(zip(offered.tokens_O, offered.text_O, strict=True)):
             fits = (free >= need) & (text >= word) & (clips > 0)
             slot = int(np.where(fits, free, np.iinfo(np.int64).max).argmin())
             if not fits[slot]:
@@ -292,9 +290,11 @@ def _fill(lengths, config, rng, num_rows, row_O, tokens_O, text_O):
             free[slot] -= need
             text[slot] -= word
             clips[slot] -= 1
-            found.append((clip, caption, rows[slot]))
-    columns = np.array(found, np.int64).reshape(-1, 3).T
-    return columns[0], columns[1], columns[2]
+            taken.append(i)
+            found_rows.append(rows[slot])
+        found.append(offered.at(np.array(taken, np.int64)))
+        visit += 1
+    return drawn.at(np.zeros(0, np.int64)).joined(*found), np.array(found_rows, np.int64)
 
 
 def _balance(cost_R, config, rng):

@@ -5,6 +5,7 @@ restarts. A record that cannot be read becomes a hole in its row, is logged by i
 against a budget; nothing raises inside Grain's `map`, where an error would lose data in silence.
 """
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -15,7 +16,7 @@ import numpy as np
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import nearest_multiples
-from sora_jax.data import packed_rows, packing
+from sora_jax.data import packed_rows, packing, token_drop
 from sora_jax.data.latent_cache import LatentCache
 
 ENDLESS_STEPS = 2**31 - 1
@@ -100,6 +101,7 @@ class PackedBatches:
             tokens_C=packed_rows.num_tokens(cache.shape_C3, self.patch).astype(np.int64),
             caption_tokens_K=1 + cache.caption_bytes_K.astype(np.int64),
             caption_start_C1=cache.caption_start_C1,
+            grid_C3=np.asarray(cache.shape_C3, np.int64) // np.asarray(self.patch),
         )
         self.num_cut_captions = packing.check_lengths(self.lengths, config)
         self.steps_per_block = packing.plan_steps(self.lengths, config, seed)
@@ -142,8 +144,8 @@ class PackedBatches:
             len(self._rows), self.config, self.patch, self._cache.channels
         )
         for local, r in enumerate(self._rows):
-            clips = [self._read(clip, caption) for clip, caption
-                     in zip(rows[r].clips, rows[r].captions, strict=True)]
+            clips = [self._read(*of_clip, step // self.steps_per_block)
+                     for of_clip in zip(*dataclasses.astuple(rows[r]), strict=True)]
             packed_rows.pack_row(batch, local, clips, self.config, self.patch)
         return batch
 
@@ -155,7 +157,7 @@ class PackedBatches:
             self._budget.check()
             yield batch
 
-    def _read(self, clip: int, caption: int) -> packed_rows.PackedClip | None:
+    def _read(self, clip, caption, visit, dropped, block) -> packed_rows.PackedClip | None:
         try:
             record = self._cache[int(clip)]
         except Exception as error:  # whatever it is, it must not be raised inside Grain's map
@@ -165,12 +167,15 @@ class PackedBatches:
             latents_THWC=record.latents_THWC,
             caption=None if caption < 0 else record.captions[caption],
             frames=record.frames, height=record.height, width=record.width, fps=record.fps,
+            kept=None if self.config.token_drop is None else token_drop.kept_tokens(
+                self.config.token_drop, self._seed, block, int(visit), int(clip), float(dropped),
+                self.lengths.grid_C3[clip]),
         )
 
     def _what_binds(self) -> str:
         plan, config = self.block(0), self.config
         clips = len(plan.clips_O) / plan.num_rows
-        longest = int(self.lengths.tokens_C.max())
+        longest = int(self.lengths.most_tokens(config).max())
         if clips > 0.9 * config.max_clips:
             return f"rows are full at max_clips = {config.max_clips}; raise it, or lower row_tokens"
         if longest > config.row_tokens / 4:

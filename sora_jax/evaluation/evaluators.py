@@ -36,7 +36,10 @@ def evaluate_and_write(config: RunConfig, params, step: int, workdir: str) -> di
 
 
 def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, float]:
-    """validation_loss, prompt_match (on moving_shapes), and the PSNR and SSIM of the VAE."""
+    """validation_loss, prompt_match (on moving_shapes), and the PSNR and SSIM of the VAE.
+
+    latents_prompt_match is that of the prompts' true clips through the VAE: the model's ceiling.
+    """
     vae = load_vae(config.latents.vae)
     model = diffusion.make_model(config, vae)
     held_out = latents.open_latents(config, workdir, vae, "held_out")
@@ -49,14 +52,18 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
         requests = diffusion.held_out_requests(
             held_out, config.evaluation.num_prompts, config.evaluation.seed
         )
+        prompts = [request.prompt for request in requests]
         clips = diffusion.make_sampler(config, model, vae)(params, requests)
-        results.update(prompt_match(clips, [request.prompt for request in requests]))
+        results.update(prompt_match(clips, prompts))
+        true_clips = diffusion.moving_clips(held_out, config.evaluation.num_prompts)
+        again = latents.decode(vae, [clip.latents_THWC.astype("float32") for clip in true_clips])
+        results["latents_prompt_match"] = prompt_match(again, prompts)["prompt_match"]
     return {**results, **vae_reconstruction(config, vae, workdir)}
 
 
 def validation_loss(config: RunConfig, model, data_std, params, held_out) -> float:
     """Velocity error on the first held-out clips at fixed times and fixed noise, by tokens."""
-    packing = dataclasses.replace(config.packing, caption_drop=0.0)
+    packing = dataclasses.replace(config.packing, caption_drop=0.0, token_drop=None)
     loader = pipeline.packed_batches(held_out, packing, config.model.patch, seed=0, num_threads=0)
     error_fn = jax.jit(diffusion.clip_errors, static_argnums=(0, 1))
     total = weight = clips = step = 0.0

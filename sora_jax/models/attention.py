@@ -1,64 +1,207 @@
-"""Attention on packed rows: a token sees the tokens of its own clip and no others."""
+"""Attention on packed rows: a token sees the tokens of its own clip and no others.
 
+One function for every kernel (attention_kernels/). `kernel="auto"` takes the first of ORDER[device]
+that can serve and logs the choice once; a kernel that is asked for by name and cannot serve is a
+UserError. On a GPU or TPU a kernel is compared with the reference once before it is used.
+"""
+
+import dataclasses
 import functools
+import logging
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
-from sora_jax.models.product import matmul, transposed
+from sora_jax.core.errors import UserError
+from sora_jax.models.attention_kernels import cpu_blocks, cudnn, dense, pallas_gpu, splash_tpu
+from sora_jax.models.attention_kernels.call import Call
 
-MASKED = -1e30  # finite, so that a query without keys gives no NaN
+KERNELS = {"dense": dense, "cpu_blocks": cpu_blocks, "cudnn": cudnn, "pallas": pallas_gpu,
+           "splash": splash_tpu}
+ORDER = {"cpu": ("cpu_blocks", "dense"), "gpu": ("cudnn", "pallas", "dense"),
+         "tpu": ("splash", "dense")}
+DENSE_LOGITS = 512 * 512  # rows with no more logits are faster in one piece on a CPU
+TOLERANCE = {"float32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}  # tf32 products count as float32
 
 
-def attention(q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM, dtype: str = "float32"):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",),
+                   meta_fields=("kernel",))
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A kernel, and what it works out from the segments alone; layers of one batch share it."""
+
+    kernel: str
+    arrays: tuple
+
+
+def attention(
+    q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM, dtype: str = "float32",
+    kernel: str = "auto", max_clips: int = 0, plan: Plan | None = None,
+):
     """Softmax attention within segments, (B, N, K, E); zeros where the segment is 0 (padding).
 
-    Queries and keys may come from different sequences (cross-attention). Segments 1..S number the
-    clips of a row. The mask is exact: weights of other segments are 0, so no gradient crosses.
-    A query whose segment has no keys at all gives zeros. Operands of products are rounded to
-    `dtype`; logits, softmax and sums are float32.
+    Queries and keys may come from different sequences (cross-attention). Positive segments number
+    the clips of a row (or parts of them), in any order. The mask is exact: weights of other
+    segments are 0, so no gradient crosses. A query whose segment has no keys gives zeros. Operands
+    of products are rounded to `dtype`; logits, softmax and sums are float32.
+
+    kernel: a name of KERNELS, or auto. max_clips: the caller's word that segments are 1..max_clips
+    and each stands in one run of tokens; 0 = not known. plan: of `attention_plan`, replaces kernel.
+    Under a mesh (`jax.set_mesh`) rows are split over all its axes.
+    Raises UserError where the kernel asked for cannot serve, with the reason.
     """
-    B, N, K, E = q_BNKE.shape
-    allowed_BNM = (q_segment_BN[:, :, None] == k_segment_BM[:, None]) & (
-        q_segment_BN[:, :, None] > 0
+    if plan is None:
+        plan = attention_plan(q_segment_BN, k_segment_BM, q_BNKE.shape[-1], dtype, kernel,
+                              max_clips)
+    call = _call(q_segment_BN, k_segment_BM, q_BNKE.shape[-1], dtype, max_clips)
+    arrays = (q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM)
+    return _over_rows(functools.partial(run, plan.kernel, call), (*arrays, plan.arrays))
+
+
+def attention_plan(q_segment_BN, k_segment_BM, head_width: int, dtype: str = "float32",
+                   kernel: str = "auto", max_clips: int = 0) -> Plan:
+    """The kernel for these segments and what it can prepare, to be shared by layers."""
+    call = _call(q_segment_BN, k_segment_BM, head_width, dtype, max_clips)
+    name = choose(kernel, call, len(q_segment_BN))
+    return Plan(name, make_plan(name, call, q_segment_BN, k_segment_BM))
+
+
+def run(name: str, call: Call, q, k, v, q_segment_BN, k_segment_BM, arrays):
+    """The kernel's output in the type of the queries; every kernel gives zeros without keys."""
+    return KERNELS[name].attend(
+        q, k, v, q_segment_BN, k_segment_BM, arrays, call).astype(q.dtype)
+
+
+def make_plan(name: str, call: Call, q_segment_BN, k_segment_BM):
+    """Arrays of a Plan."""
+    more = (call.max_clips,) if name == "cudnn" else ()
+    return KERNELS[name].plan(q_segment_BN, k_segment_BM, *more)
+
+
+def choose(kernel: str, call: Call, rows: int = 1) -> str:
+    """The name of the kernel that serves the call. Raises UserError (see `attention`)."""
+    if kernel != "auto":
+        reasons = {name: _why_not(name, call, rows) for name in KERNELS}
+        if kernel not in KERNELS:
+            raise UserError(f"attention kernel {kernel!r} is unknown; allowed: auto, "
+                            f"{', '.join(KERNELS)}")
+        if reasons[kernel] is not None:
+            usable = [name for name, reason in reasons.items() if reason is None]
+            others = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()
+                               if reason is not None and name != kernel)
+            raise UserError(
+                f"attention kernel {kernel!r} cannot be used: {reasons[kernel]}. Usable here: "
+                f"auto, {', '.join(usable)} ({others})")
+        return kernel
+    passed = []
+    for name in ORDER[call.device]:
+        reason = _why_not(name, call, rows) or _why_not_best(name, call)
+        if reason is None:
+            _log(name, call, "; ".join(passed))
+            return name
+        passed.append(f"not {name}: {reason}")
+    raise AssertionError("dense serves every call")
+
+
+def _why_not(name: str, call: Call, rows: int) -> str | None:
+    reason = KERNELS[name].why_not(call)
+    if reason is not None or name == "dense":
+        return reason
+    devices = _num_split()
+    if rows % devices:
+        return f"{rows} rows do not divide over the {devices} devices of the mesh"
+    return _self_test(name, call.device, call.dtype) if call.device != "cpu" else None
+
+
+def _why_not_best(name: str, call: Call) -> str | None:
+    """Why auto leaves out a kernel that could serve."""
+    if name == "dense":
+        return None
+    if jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
+        return "several devices are present and no mesh is set, so rows might be split unseen"
+    if call.device == "cpu" and call.num_queries * call.num_keys <= DENSE_LOGITS:
+        return f"{call.num_queries} x {call.num_keys} logits are few"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _log(name: str, call: Call, passed: str) -> None:
+    logging.info(
+        "attention of %d queries and %d keys, heads of %d, %s: kernel %s%s", call.num_queries,
+        call.num_keys, call.head_width, call.dtype, name, f" ({passed})" if passed else "")
+
+
+def _call(q_segment_BN, k_segment_BM, head_width, dtype, max_clips) -> Call:
+    device = jax.default_backend()
+    device = device if device in ORDER else "gpu"
+    capability = getattr(jax.local_devices()[0], "compute_capability", "0")
+    return Call(
+        device=device, capability=float(capability) if device == "gpu" else 0.0,
+        num_queries=q_segment_BN.shape[1], num_keys=k_segment_BM.shape[1],
+        head_width=head_width, dtype=str(jnp.dtype(dtype)), max_clips=max_clips,
     )
-    # Rows and heads become one batch axis: plain batched products are the fast path on CPU.
-    q_GNE, k_GME, v_GME = (
-        x.astype(jnp.float32).swapaxes(1, 2).reshape(B * K, -1, E)
-        for x in (q_BNKE * E**-0.5, k_BMKE, v_BMKE)
-    )
-    out_GNE = _attend(q_GNE, k_GME, v_GME, allowed_BNM, dtype).astype(q_BNKE.dtype)
-    out_BNKE = out_GNE.reshape(B, K, N, E).swapaxes(1, 2)
-    return out_BNKE * allowed_BNM.any(-1)[..., None, None].astype(out_BNKE.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_GNE, k_GME, v_GME, allowed_BNM, dtype):
-    """Float32 (G, N, E); G = rows * heads, heads innermost."""
-    return _attend_forward(q_GNE, k_GME, v_GME, allowed_BNM, dtype)[0]
+def _split_axes() -> tuple[str, ...]:
+    """Axes of the mesh over which this program's arrays are still to be split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+                 if kind != AxisType.Manual)
 
 
-def _attend_forward(q_GNE, k_GME, v_GME, allowed_BNM, dtype):
-    (G, N, _), (B, _, M) = q_GNE.shape, allowed_BNM.shape
-    q_GNE, k_GME, v_GME = (x.astype(dtype) for x in (q_GNE, k_GME, v_GME))
-    logits_BKNM = matmul(q_GNE, transposed(k_GME)).reshape(B, G // B, N, M)
-    weights_BKNM = jax.nn.softmax(jnp.where(allowed_BNM[:, None], logits_BKNM, MASKED))
-    weights_GNM = weights_BKNM.reshape(G, N, M).astype(dtype)
-    out_GNE = matmul(weights_GNM, v_GME)
-    return out_GNE, (q_GNE, k_GME, v_GME, weights_GNM, out_GNE)
+def _num_split() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in _split_axes())
 
 
-def _attend_backward(dtype, kept, gradient_GNE):
-    """Source: FlashAttention, arXiv 2205.14135, appendix B.2, equations for dV, dP, dS."""
-    q_GNE, k_GME, v_GME, weights_GNM, out_GNE = kept
-    along_GN1 = (gradient_GNE * out_GNE).sum(-1, keepdims=True)
-    gradient_GNE = gradient_GNE.astype(dtype)
-    d_v = matmul(transposed(weights_GNM), gradient_GNE)
-    d_weights_GNM = matmul(gradient_GNE, transposed(v_GME))
-    d_logits_GNM = (weights_GNM * (d_weights_GNM - along_GN1)).astype(dtype)
-    d_q = matmul(d_logits_GNM, k_GME)
-    d_k = matmul(transposed(d_logits_GNM), q_GNE)
-    return d_q, d_k, d_v, None
+def _over_rows(function, arrays):
+    """function(*arrays) on every device for its own rows: kernels are programs of one device."""
+    if _num_split() == 1 or function.args[0] == "dense":
+        return function(*arrays)
+    rows = PartitionSpec(_split_axes())
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+@functools.lru_cache(maxsize=64)
+def _self_test(name: str, device: str, dtype: str) -> str | None:
+    """Why the kernel is not to be trusted on this device; None where values and gradients of a
+    small packed row agree with the reference."""
+    with jax.ensure_compile_time_eval():
+        try:
+            difference = compare(name, dtype)
+        except Exception as error:  # whatever a compiler or library says, it is the reason
+            return f"its self-test failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+    if not difference <= TOLERANCE[dtype]:
+        return f"its self-test is off the reference by {difference:.3g} (of the largest value)"
+    return None
+
+
+def compare(name: str, dtype: str, length: int = 512, head_width: int = 64,
+            interpret: bool = False) -> float:
+    """Largest difference from the reference, over the largest value, of outputs and gradients of
+    two packed rows of `length`; NaN counts as infinite."""
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (
+        jnp.asarray(rng.normal(size=(2, length, 2, head_width)), jnp.float32) for _ in range(4))
+    cuts = np.array([[1, 7], [2, 3]]) * length // 10
+    segment = 1 + (np.arange(length) >= cuts[..., None]).sum(1)
+    segment = jnp.asarray(np.where(np.arange(length) < length - 5, segment, 0), jnp.int32)
+    call = dataclasses.replace(
+        _call(segment, segment, head_width, dtype, 3), interpret=interpret)
+
+    def outputs(kernel):
+        def weighted(q, k, v):
+            arrays = make_plan(kernel, call, segment, segment)
+            out = run(kernel, call, q, k, v, segment, segment, arrays)
+            return (out * weight).sum(), out
+
+        (_, out), gradients = jax.jit(
+            jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return [np.asarray(x, np.float64) for x in (out, *gradients)]
+
+    differences = [np.abs(ours - theirs).max() / np.abs(theirs).max()
+                   for ours, theirs in zip(outputs(name), outputs("dense"), strict=True)]
+    return float(np.nan_to_num(np.max(differences), nan=np.inf))

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from sora_jax.models.video_vae import VideoVAEConfig
 
 
+def refined(config: VideoVAEConfig, x_BTHWC, num_blocks: int):
+    """Residual blocks at every position by itself, then norm and silu; called within a module."""
+    norm = NormKind(config.norm_eps, config.norm_groups)
+    for i in range(num_blocks):
+        x_BTHWC = ResidualBlock(x_BTHWC.shape[-1], (1, 1, 1), norm,
+                                product_dtype=config.product_dtype, name=f"block_{i}")(x_BTHWC)
+    return nn.silu(norm.module("norm_out")(x_BTHWC))
+
+
 class BlockEncoder(nn.Module):
     """Pixels -> mean and log variance stacked on channels (2 * z_dim), one block at a time."""
 
@@ -32,7 +41,6 @@ class BlockEncoder(nn.Module):
     @nn.compact
     def __call__(self, pixels_BTHWC, first: bool = True):
         config, (width,) = self.config, self.config.encoder_dims
-        norm = NormKind(config.norm_eps, config.norm_groups)
         point = dict(kernel_size=(1, 1, 1), product_dtype=config.product_dtype)
         first_BTHWC, later_BTHWC = fold_blocks(pixels_BTHWC, config.compression, first)
         parts = []
@@ -40,10 +48,7 @@ class BlockEncoder(nn.Module):
             parts.append(CausalConv(width, name="first_in", **point)(first_BTHWC))
         if later_BTHWC.shape[1]:
             parts.append(CausalConv(width, name="later_in", **point)(later_BTHWC))
-        x_BTHWC = jnp.concatenate(parts, axis=1)
-        for i in range(config.num_res_blocks):
-            x_BTHWC = ResidualBlock(width, norm=norm, name=f"block_{i}", **point)(x_BTHWC)
-        x_BTHWC = nn.silu(norm.module("norm_out")(x_BTHWC))
+        x_BTHWC = refined(config, jnp.concatenate(parts, axis=1), config.num_res_blocks)
         return CausalConv(2 * config.z_dim, name="conv_out", init_scale=self.out_scale,
                           **point)(x_BTHWC)
 
@@ -57,12 +62,8 @@ class BlockDecoder(nn.Module):
     @nn.compact
     def __call__(self, latents_BTHWC, first: bool = True):
         config, (width,) = self.config, self.config.decoder_dims
-        norm = NormKind(config.norm_eps, config.norm_groups)
-        point = dict(kernel_size=(1, 1, 1), product_dtype=config.product_dtype)
         x_BTHWC = CausalConv(width, config.latent_kernel, name="conv_in",
                              product_dtype=config.product_dtype)(latents_BTHWC)
-        for i in range(config.num_res_blocks + 1):
-            x_BTHWC = ResidualBlock(width, norm=norm, name=f"block_{i}", **point)(x_BTHWC)
-        x_BTHWC = nn.silu(norm.module("norm_out")(x_BTHWC))
+        x_BTHWC = refined(config, x_BTHWC, config.num_res_blocks + 1)
         return LatentsToBlocks(
             config.compression, config.in_channels, self.out_scale, name="out")(x_BTHWC, first)

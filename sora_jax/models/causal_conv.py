@@ -115,6 +115,7 @@ class CausalConv(nn.Module):
             if not x_BTHWC.shape[1]:  # nothing yet but the zeros in front of the clip, remembered
                 return x_BTHWC[..., :1] + bias.astype(x_BTHWC.dtype)
         if self.product_dtype:
+            assert self.time_stride == self.space_stride == 1 and self.space_pad is None
             y_BTHWC = gathered_conv(x_BTHWC, kernel, self.product_dtype, pad_time)
             return (y_BTHWC + bias).astype(x_BTHWC.dtype)
         y_BTHWC = causal_conv(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sora_jax.core.errors import UserError
 from sora_jax.models.attention import attention
 from sora_jax.models.layers import Linear, RMSNorm, layer_norm
 
@@ -33,6 +34,11 @@ class TextBytesConfig:
     num_buckets: int = 2048
     bytes_per_word: int = 4
     max_words: int = 128
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise UserError(
+                f"text width {self.width} must be a multiple of {self.num_heads} heads")
 
 
 def ngram_buckets(text_BM, segment_BM, length: int, num_buckets: int):

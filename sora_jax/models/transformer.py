@@ -5,13 +5,11 @@ A published model's call is one clip per row (`patchify.clips_as_rows`). Nothing
 condition is per clip or per token, attention stays inside a clip, norms are per token.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.attention_layouts import layer_kinds, layout_segments
-from sora_jax.models.dit import REMAT_POLICIES, by_segment, mean_by_segment, patch_extent
 from sora_jax.models.layers import (
     INIT_ZERO,
     LayerNorm,
@@ -20,10 +18,12 @@ from sora_jax.models.layers import (
     modulate,
     sinusoid,
 )
+from sora_jax.models.neighbours import neighbour_index, neighbourhood
 from sora_jax.models.positions import fractional_features, rotary_angles, sincos2d, sincos3d
+from sora_jax.models.segments import by_segment, mean_by_segment, patch_extent
 from sora_jax.models.text_bytes import TextBytes
 from sora_jax.models.transformer_blocks import Context, TransformerBlock, spread
-from sora_jax.models.transformer_config import TransformerConfig
+from sora_jax.models.transformer_config import REMAT_POLICIES, TransformerConfig
 
 IMAGE_NORM_EPS = 1e-5  # Wan's image embedder; its other norms follow the config
 INIT_TABLE = nn.initializers.normal(0.02)
@@ -41,31 +41,32 @@ class Transformer(nn.Module):
         Args:
           batch: tokens_BND, segment_BN, position_BN3, and where the options read them:
             text_segment_BM with text_embedding_BMD or (text_bytes) byte ids text_BM; label_BS;
-            clip_BSF; image_embedding_BLD with image_segment_BL.
+            clip_BSF; image_embedding_BLD with image_segment_BL; extent_BS3, the size of clips in
+            patches, without which the largest position of a clip tells it.
           time_BS: of every clip, 0 = data, 1 = noise.
           time_BN: of every token, where it is not that of its clip (clean first frames).
         """
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
         segment_BN = batch["segment_BN"]
-        member_BNS = jax.nn.one_hot(segment_BN - 1, time_BS.shape[1], dtype=dtype)
 
         text, text_segment_BM, summary_BSD = self.read_text(batch, time_BS.shape[1])
-        per_clip, per_token = self.condition(batch, time_BS, time_BN, summary_BSD, member_BNS)
+        per_clip, per_token = self.condition(batch, time_BS, time_BN, summary_BSD)
         per_clip = per_clip.astype(dtype)
         if config.modulation == "none":
             text, text_segment_BM = self.with_condition(
-                text, text_segment_BM, per_clip, member_BNS, time_BN)
+                text, text_segment_BM, per_clip, segment_BN, time_BN)
         text = None if text is None else text.astype(dtype)
-        condition, member = (
-            (per_clip, member_BNS) if per_token is None else (per_token.astype(dtype), None))
+        condition, owner_BN = (
+            (per_clip, segment_BN) if per_token is None else (per_token.astype(dtype), None))
         shared, text_shared = self.shared_modulation(condition, per_clip)
         joint = config.text == "joint"
+        extent_BS3 = batch["extent_BS3"] if "extent_BS3" in batch else patch_extent(
+            batch["position_BN3"], segment_BN, time_BS.shape[1])
+        extent_BN3 = jnp.take_along_axis(
+            extent_BS3, jnp.maximum(segment_BN - 1, 0)[..., None], axis=1)
         context = Context(
-            condition=condition, text_condition_BSD=per_clip, member_BNS=member,
-            text_member_BMS=(
-                jax.nn.one_hot(text_segment_BM - 1, time_BS.shape[1], dtype=dtype)
-                if joint else None),
+            condition=condition, text_condition_BSD=per_clip, owner_BN=owner_BN,
             table=shared, text_table=text_shared,
             segments=tuple(layout_segments(
                 config.layout, segment_BN, batch["position_BN3"], config.window)),
@@ -76,12 +77,12 @@ class Transformer(nn.Module):
             text_BMD=None if joint else text, text_segment_BM=text_segment_BM,
             image_BLD=self.image_tokens(batch, dtype),
             image_segment_BL=batch.get("image_segment_BL"),
+            neighbour_BNO=neighbour_index(
+                batch["position_BN3"], extent_BN3, segment_BN) if config.local_width else None,
         )
-        x = Linear(config.width, ("patch", "embed"), name="patch_in")(
-            batch["tokens_BND"].astype(dtype))
-        x = self.with_position(x, batch, time_BS.shape[1])
+        x = self.read_patches(batch, extent_BN3, context)
         x = self.blocks()((x, text if joint else None), self.kinds(), context)[0][0]
-        return self.head(x, condition, member)
+        return self.head(x, condition, owner_BN)
 
     def kinds(self):
         config = self.config
@@ -111,13 +112,13 @@ class Transformer(nn.Module):
             text = batch["text_embedding_BMD"]
         summary_BSD = mean_by_segment(text, segment_BM, num_clips) if config.text_summary else None
         if config.text != "none" and config.text_proj != "none":
-            text = Linear(config.width, ("text", "embed"), name="text_proj_in")(text)
+            text = self.linear(config.width, ("text", "embed"), name="text_proj_in")(text)
             if config.text_proj == "mlp":
-                text = Linear(config.width, ("embed", "embed_out"), name="text_proj_out")(
+                text = self.linear(config.width, ("embed", "embed_out"), name="text_proj_out")(
                     nn.gelu(text, approximate=True))
         return (None if config.text == "none" else text), segment_BM, summary_BSD
 
-    def condition(self, batch, time_BS, time_BN, summary_BSD, member_BNS):
+    def condition(self, batch, time_BS, time_BN, summary_BSD):
         """The condition per clip (B, S, D), and per token (B, N, D) where tokens have times."""
         config = self.config
         width = config.condition_width
@@ -145,14 +146,16 @@ class Transformer(nn.Module):
         per_clip = sum(others, embed(time_BS))
         if time_BN is None:
             return per_clip, None
-        return per_clip, sum((by_segment(part, member_BNS) for part in others), embed(time_BN))
+        segment_BN = batch["segment_BN"]
+        return per_clip, sum((by_segment(part, segment_BN) for part in others), embed(time_BN))
 
-    def with_condition(self, text, segment_BM, condition_BSD, member_BNS, time_BN):
+    def with_condition(self, text, segment_BM, condition_BSD, segment_BN, time_BN):
         """The text with one more token per clip, its condition (DiT's in-context and
         cross-attention variants, arXiv 2212.09748, section 3.2)."""
         if time_BN is not None:
             raise UserError("times per token need modulation 'linear' or 'table', it is 'none'")
-        there_BS = jnp.where(member_BNS.any(1), jnp.arange(1, member_BNS.shape[2] + 1), 0)
+        clip_S = jnp.arange(1, condition_BSD.shape[1] + 1)
+        there_BS = jnp.where((segment_BN[..., None] == clip_S).any(1), clip_S, 0)
         return (jnp.concatenate([text.astype(condition_BSD.dtype), condition_BSD], axis=1),
                 jnp.concatenate([segment_BM, there_BS.astype(segment_BM.dtype)], axis=1))
 
@@ -181,15 +184,40 @@ class Transformer(nn.Module):
             return None
         x = LayerNorm(eps=IMAGE_NORM_EPS, name="image_norm_in")(
             batch["image_embedding_BLD"].astype(dtype))
-        x = Linear(config.image_width, ("text", "mlp"), name="image_proj_in")(x)
+        x = self.linear(config.image_width, ("text", "mlp"), name="image_proj_in")(x)
         x = nn.gelu(x, approximate=False)
-        x = Linear(config.width, ("mlp", "embed"), name="image_proj_out")(x)
+        x = self.linear(config.width, ("mlp", "embed"), name="image_proj_out")(x)
         return LayerNorm(eps=IMAGE_NORM_EPS, name="image_norm_out")(x)
 
-    def with_position(self, x_BND, batch, num_clips: int):
+    def read_patches(self, batch, extent_BN3, context):
+        """The tokens (B, N, width) of noised patches, with their place added."""
+        config = self.config
+        tokens_BND = batch["tokens_BND"].astype(config.compute_dtype)
+        x_BND = self.linear(config.width, ("patch", "embed"), name="patch_in")(tokens_BND)
+        if config.local_width:
+            x_BND += self.read_neighbours(tokens_BND, context)
+        return self.with_position(x_BND, batch["position_BN3"], extent_BN3)
+
+    def read_neighbours(self, tokens_BND, context):
+        """What the patches around a token add to it. How much depends on the time: the noisier a
+        patch is, the more its neighbours tell of it."""
+        config = self.config
+        std = (2 / (config.in_width + config.width)) ** 0.5  # as if it were one patch
+        near_BND = self.linear(
+            config.width, ("patch", "embed"), use_bias=False, name="near_in",
+            init=nn.initializers.normal(std),
+        )(neighbourhood(tokens_BND, context.neighbour_BNO))
+        gate = Linear(config.width, ("embed", "modulation"), init=INIT_ZERO, name="near_mod")
+        return spread(gate(nn.silu(context.condition)), context.owner_BN) * near_BND
+
+    def linear(self, features, axes, **options):
+        """A map of all tokens: its products' operands are rounded to product_dtype."""
+        return Linear(features, axes, product_dtype=self.config.product_dtype, **options)
+
+    def with_position(self, x_BND, place_BN3, extent_BN3):
         """Tokens with their place added; a place outside a learned grid gives NaN."""
         config = self.config
-        kind, place_BN3, width = config.position, batch["position_BN3"], config.width
+        kind, width = config.position, config.width
         if kind == "none":
             return x_BND
         if kind == "sincos2d":
@@ -198,10 +226,6 @@ class Transformer(nn.Module):
             added = sincos3d(place_BN3, width, config.position_divisor)
             return x_BND + added.astype(x_BND.dtype)
         if kind == "fractional":
-            segment_BN = batch["segment_BN"]
-            extent_BN3 = jnp.take_along_axis(
-                patch_extent(place_BN3, segment_BN, num_clips),
-                jnp.maximum(segment_BN - 1, 0)[..., None], axis=1)
             place = fractional_features(place_BN3, extent_BN3, config.num_position_frequencies)
             dense = Linear(width, ("positions", "embed"), name="position_in")
             return x_BND + dense(place.astype(x_BND.dtype))
@@ -220,7 +244,7 @@ class Transformer(nn.Module):
         count = sizes[0] * sizes[1] * sizes[2]
         return x_BND + rows("position_table", count, jnp.where(inside, index, count))
 
-    def head(self, x_BND, condition, member):
+    def head(self, x_BND, condition, owner_BN):
         """The output per token: norm, modulation by the condition, and the map to patches."""
         config = self.config
         width = config.width
@@ -232,13 +256,14 @@ class Transformer(nn.Module):
             x_BND = layer_norm(x_BND, config.head_norm_eps)
         if config.modulation == "linear":
             dense = Linear(2 * width, ("embed", "modulation"), init=INIT_ZERO, name="head_mod")
-            mod = spread(dense(nn.silu(condition)), member)
+            mod = spread(dense(nn.silu(condition)), owner_BN)
         elif config.modulation == "table":
             table = self.param(
                 "head_table", nn.with_logical_partitioning(INIT_ZERO, ("modulation",)),
                 (2 * width,), jnp.float32)
-            mod = spread(jnp.concatenate([condition] * 2, -1) + table.astype(x_BND.dtype), member)
+            both = jnp.concatenate([condition] * 2, -1) + table.astype(x_BND.dtype)
+            mod = spread(both, owner_BN)
         if config.modulation != "none":
             x_BND = modulate(x_BND, *jnp.split(mod, 2, axis=-1))
-        out = Linear(config.out_width, ("embed", "patch"), init=INIT_ZERO, name="patch_out")
+        out = self.linear(config.out_width, ("embed", "patch"), init=INIT_ZERO, name="patch_out")
         return out(x_BND).astype(jnp.float32)

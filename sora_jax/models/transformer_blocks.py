@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sora_jax.models.attention import attention
-from sora_jax.models.dit import by_segment
 from sora_jax.models.layers import (
     INIT_LINEAR,
     INIT_ZERO,
@@ -21,25 +20,27 @@ from sora_jax.models.layers import (
     layer_norm,
     modulate,
 )
+from sora_jax.models.neighbours import neighbourhood
 from sora_jax.models.positions import rotate
+from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer_config import TransformerConfig
 
 
 class Context(typing.NamedTuple):
     """What all blocks read. Absent parts are None.
 
-    condition: of every clip (B, S, D), or of every token (B, N, D) where member_BNS is None.
+    condition: of every clip (B, S, D), or of every token (B, N, D) where owner_BN is None.
     text_condition_BSD: of every clip, for joint text.
-    member_BNS: one-hot clip of a token; text_member_BMS: of a text token (joint text).
+    owner_BN: the clip of a token, 1 to S; 0 for padding.
     table, text_table: what the table modulation adds to every block's own, shaped like the above.
     segments: (B, N) numbers per kind of layer; segment_BN: the clip.
     text_BMD, text_segment_BM: cross-attended text; image_BLD, image_segment_BL: image tokens.
+    neighbour_BNO: where a token's neighbours stand, see `neighbours.neighbour_index`.
     """
 
     condition: jnp.ndarray | None
     text_condition_BSD: jnp.ndarray | None
-    member_BNS: jnp.ndarray | None
-    text_member_BMS: jnp.ndarray | None
+    owner_BN: jnp.ndarray | None
     table: jnp.ndarray | None
     text_table: jnp.ndarray | None
     segments: tuple
@@ -49,11 +50,12 @@ class Context(typing.NamedTuple):
     text_segment_BM: jnp.ndarray | None
     image_BLD: jnp.ndarray | None
     image_segment_BL: jnp.ndarray | None
+    neighbour_BNO: jnp.ndarray | None
 
 
-def spread(clips_BSD, member_BNS):
-    """Each token's own clip's row, (B, N, D); what is per token already where member is None."""
-    return clips_BSD if member_BNS is None else by_segment(clips_BSD, member_BNS)
+def spread(clips_BSD, owner_BN):
+    """Each token's own clip's row, (B, N, D); what is per token already where owner is None."""
+    return clips_BSD if owner_BN is None else by_segment(clips_BSD, owner_BN)
 
 
 class TransformerBlock(nn.Module):
@@ -90,21 +92,21 @@ class TransformerBlock(nn.Module):
 
         def source(name):
             if linear:
-                return Linear(size, ("embed", "modulation"), init=INIT_ZERO, name=name)
+                return self.linear(size, ("embed", "modulation"), name, init=INIT_ZERO)
             init = nn.with_logical_partitioning(INIT_ZERO, ("modulation",))
             return self.param(f"{name}_table", init, (size,), jnp.float32)
 
-        def chunks(weights, condition, shared, member):
+        def chunks(weights, condition, shared, owner):
             mod = weights(nn.silu(condition)) if linear else shared + weights.astype(shared.dtype)
-            mod = jnp.split(spread(mod, member), size // config.width, axis=-1)
+            mod = jnp.split(spread(mod, owner), size // config.width, axis=-1)
             return [mod[i:i + parts] for i in range(0, len(mod), parts)]
 
         weights = source("mod")
-        own = chunks(weights, context.condition, context.table, context.member_BNS)
+        own = chunks(weights, context.condition, context.table, context.owner_BN)
         if not joint:
             return [(mod, None) for mod in own]
         texts = chunks(weights if config.shares_streams else source("text_mod"),
-                       context.text_condition_BSD, context.text_table, context.text_member_BMS)
+                       context.text_condition_BSD, context.text_table, context.text_segment_BM)
         if config.shares_streams:
             own, texts = own[0::2], texts[1::2]
         return list(zip(own, texts, strict=True))
@@ -120,20 +122,29 @@ class TransformerBlock(nn.Module):
         outs = self.paired(lambda name: self.linear(
             width, ("heads", "embed"), f"{name}out", init=self.residual_init), prefix)
 
-        q, k, v = self.heads(maps[0](_modulated(norms[0](x), mods[0])), qk_norms[0])
+        h = _modulated(norms[0](x), mods[0])
+        q, k, v = self.heads(maps[0](h), qk_norms[0])
+        local = bool(config.local_width) and not prefix
         if context.angles_BNP is not None:
             q, k = rotate(q, context.angles_BNP), rotate(k, context.angles_BNP)
         if text is None:
-            y = attention(q, k, v, segment, segment).reshape(x.shape)
+            y = self.attend(q, k, v, segment, segment).reshape(x.shape)
+            y = self.beside_neighbours(y, h, context) if local else y
             return x + _gated(outs[0](y), mods[0]), None
         theirs = self.heads(maps[1](_modulated(norms[1](text), mods[1])), qk_norms[1])
         q, k, v = (jnp.concatenate(pair, axis=1)
                    for pair in zip(theirs, (q, k, v), strict=True))
         both = jnp.concatenate([context.text_segment_BM, segment], axis=1)
-        y = attention(q, k, v, both, both)
+        y = self.attend(q, k, v, both, both)
         y = y.reshape(*y.shape[:2], width)
         text_y, y = y[:, :text.shape[1]], y[:, text.shape[1]:]
+        y = self.beside_neighbours(y, h, context) if local else y
         return x + _gated(outs[0](y), mods[0]), text + _gated(outs[1](text_y), mods[1])
+
+    def beside_neighbours(self, y, h, context):
+        """What attention read, and beside it what the 26 neighbours say in local_width channels."""
+        said = self.linear(self.config.local_width, ("embed", "mlp"), "near_in")(h)
+        return jnp.concatenate([y, neighbourhood(said, context.neighbour_BNO)], axis=-1)
 
     def cross_attend(self, x, context):
         """What text (and image tokens, with a softmax of their own) add to the clip's tokens."""
@@ -144,16 +155,16 @@ class TransformerBlock(nn.Module):
         q_norm, k_norm = self.qk_norms("cross_")
         q = q_norm(self.linear(width, ("embed", "heads"), "cross_q")(norm(x)))
 
-        def attend(name, tokens, key_norm, segment):
+        def read(name, tokens, key_norm, segment):
             kv = self.linear(2 * width, ("text", "heads"), name)(tokens)
             k, v = jnp.split(kv, 2, axis=-1)
             k, v = key_norm(k), v.reshape(*v.shape[:2], heads, config.head_width)
-            return attention(q, k, v, context.segment_BN, segment).reshape(x.shape)
+            return self.attend(q, k, v, context.segment_BN, segment).reshape(x.shape)
 
-        y = attend("cross_kv", context.text_BMD, k_norm, context.text_segment_BM)
+        y = read("cross_kv", context.text_BMD, k_norm, context.text_segment_BM)
         if context.image_BLD is not None:
             image_norm = self.qk_norm("image_k_norm")
-            y = y + attend("image_kv", context.image_BLD, image_norm, context.image_segment_BL)
+            y = y + read("image_kv", context.image_BLD, image_norm, context.image_segment_BL)
         return self.linear(width, ("heads", "embed"), "cross_out", init=INIT_ZERO)(y)
 
     def feed_forward(self, x, text, mods):
@@ -179,8 +190,12 @@ class TransformerBlock(nn.Module):
             return own, make(f"text_{name}")
         return own, own
 
+    def attend(self, q, k, v, q_segment, k_segment):
+        return attention(q, k, v, q_segment, k_segment, self.config.product_dtype or "float32")
+
     def linear(self, features, axes, name, use_bias=True, init=INIT_LINEAR):
-        return Linear(features, axes, use_bias=use_bias, init=init, name=name)
+        return Linear(features, axes, use_bias=use_bias, init=init,
+                      product_dtype=self.config.product_dtype, name=name)
 
     def norm(self, name, eps):
         if self.config.norm_affine:

@@ -10,9 +10,16 @@
 
 import dataclasses
 
+import jax
+
 from sora_jax.core.errors import UserError
-from sora_jax.models.dit import REMAT_POLICIES
 from sora_jax.models.text_bytes import TextBytesConfig
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 CHOICES = {
     "modulation": ("linear", "table", "none"),
@@ -30,8 +37,8 @@ CHOICES = {
 class TransformerConfig:
     """Sizes and options; the defaults are an unconditional DiT with 3-D rotary positions.
 
-    patch: (t, h, w) in latents. out_channels: of one latent; twice in_channels for a learned
-      variance.
+    patch: (t, h, w) in latents.
+    out_channels: of one latent; twice in_channels for a learned variance.
     mlp_norm_eps, head_norm_eps: of the norms before the MLP and the output; norm_eps of the others.
     norm_affine: learned scale and shift in the modulated norms; cross_norm_affine: in the norm
       before cross-attention; final_norm: one more norm (with scale and shift) after the blocks.
@@ -54,6 +61,12 @@ class TransformerConfig:
     rope: rotary positions; rope_split: widths of (t, h, w) in a head, empty for Wan's thirds.
     layout: who sees whom inside a clip, see `attention_layouts`; num_space_layers for
       "space_then_time", window (latent frames in patches) for "window".
+    local_width: channels in which the 3 x 3 x 3 patches around a token speak to it in every block,
+      beside attention; patches are read with theirs, too. 0: attention alone. In the
+      spirit of the convolutions in SANA's MLP (arXiv 2410.10629).
+    remat: what of a block is computed again for gradients; unroll: layers of the scan written out.
+    compute_dtype: of activations. product_dtype: of the operands of large matrix products, whose
+      sums are float32; None: that of the activations, and float32 inside attention.
     """
 
     patch: tuple[int, int, int]
@@ -63,6 +76,7 @@ class TransformerConfig:
     num_layers: int
     num_heads: int
     mlp_width: int
+    local_width: int = 0
     norm_eps: float = 1e-6
     mlp_norm_eps: float = 1e-6
     head_norm_eps: float = 1e-6
@@ -100,6 +114,7 @@ class TransformerConfig:
     remat: str = "none"
     unroll: int = 1
     compute_dtype: str = "float32"
+    product_dtype: str | None = None
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -119,6 +134,10 @@ class TransformerConfig:
             raise UserError(
                 f"num_space_layers {self.num_space_layers} of {self.num_layers} layers: the layout "
                 "space_then_time needs at least one layer of each kind")
+        if self.local_width < 0 or (self.local_width and self.shares_streams):
+            raise UserError(
+                f"local_width {self.local_width} must be at least 0, and 0 where text shares the "
+                "clip's weights: a text has no neighbours")
         if self.layout == "window" and self.window < 1:
             raise UserError(f"window {self.window}: the layout window needs at least 1 frame")
 
@@ -129,7 +148,7 @@ class TransformerConfig:
 
     def _check_text(self):
         if self.text != "none" and self.text_width < 1:
-            raise UserError(f"text {self.text!r} needs text_width, the width of its embeddings")
+            raise UserError(f"{self.text} text needs text_width, the width of its embeddings")
         if self.text_bytes is not None and self.text_bytes.width != self.text_width:
             raise UserError(
                 f"text_bytes.width {self.text_bytes.width} must be text_width {self.text_width}")
@@ -139,15 +158,14 @@ class TransformerConfig:
                 "set text_proj to linear or mlp")
         if self.text == "joint" and self.layout != "full":
             raise UserError(
-                f"layout {self.layout!r} splits a clip that text 'joint' reads whole; "
-                "use layout 'full' or text 'cross'")
+                f"layout {self.layout!r} splits a clip that joint text reads whole; "
+                "use layout 'full' or cross text")
         if self.image_width and self.text != "cross":
-            raise UserError(
-                f"image_width {self.image_width} needs text 'cross', it is {self.text!r}")
+            raise UserError(f"image_width {self.image_width} needs cross text, not {self.text}")
         if self.modulation == "none" and (self.text == "none" or self.kv_width != self.width):
             raise UserError(
-                "modulation 'none' makes the condition a token beside the text: text must be "
-                f"'cross' or 'joint' and mapped to width {self.width} (text_proj linear or mlp)")
+                "modulation 'none' makes the condition a token beside the text: it needs cross or "
+                f"joint text mapped to width {self.width} (text_proj linear or mlp)")
 
     def _check_positions(self):
         parts = {"sincos2d": 4, "sincos3d": 16}.get(self.position, 1)

@@ -2,6 +2,7 @@
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.attention_layouts import layer_kinds
+from sora_jax.models.neighbours import OFFSETS
 from sora_jax.models.transformer_config import TransformerConfig
 
 # Layers, width, heads. Source: DiT, arXiv 2212.09748, table 1.
@@ -52,7 +53,10 @@ def multiply_adds(config: TransformerConfig, shape: tuple[int, int, int], num_te
     modulation = config.modulation_width * cond * (2 if own_text else 1)
     if config.modulation == "linear":
         per_block += modulation
-    once = num_tokens * width * (config.in_width + config.out_width)
+    near = len(OFFSETS) if config.local_width else 0
+    per_block += num_tokens * width * config.local_width * (1 + near)
+    once = num_tokens * width * ((1 + near) * config.in_width + config.out_width)
+    once += width * cond if near else 0
     once += cond * (config.frequency_width + cond)
     once += 2 * width * cond if config.modulation == "linear" else 0
     once += modulation if config.modulation == "table" else 0

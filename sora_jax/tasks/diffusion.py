@@ -1,4 +1,4 @@
-"""Text to video: a DiT learns the velocity of packed latents; every clip has its own time."""
+"""Text to video: a network learns the velocity of packed latents; every clip has its own time."""
 
 import dataclasses
 import functools
@@ -11,9 +11,10 @@ from sora_jax.core.rng import stream
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.data import pipeline
 from sora_jax.data.encode import write_mp4
-from sora_jax.data.latent_cache import LatentCache
+from sora_jax.data.latent_cache import LatentCache, LatentRecord
 from sora_jax.diffusion import objectives, process, times
-from sora_jax.models.dit import DiT, by_segment
+from sora_jax.models.segments import by_segment
+from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.latents import open_latents
@@ -52,12 +53,12 @@ def outline(config: RunConfig) -> tuple[Task, dict]:
     return task, example_batch(config, model)
 
 
-def make_model(config: RunConfig, vae: FrozenVAE) -> DiT:
+def make_model(config: RunConfig, vae: FrozenVAE) -> Transformer:
     """The network for latents of this VAE."""
-    return DiT(config.model, token_width=int(np.prod(config.model.patch)) * vae.config.z_dim)
+    return Transformer(config.model.network(vae.config.z_dim))
 
 
-def make_sampler(config: RunConfig, model: DiT, vae: FrozenVAE, **changes) -> Sampler:
+def make_sampler(config: RunConfig, model: Transformer, vae: FrozenVAE, **changes) -> Sampler:
     """A sampler with the settings of config.sampling; `changes` replace fields of it.
 
     Raises UserError on a value no sampler can use.
@@ -69,22 +70,21 @@ def make_sampler(config: RunConfig, model: DiT, vae: FrozenVAE, **changes) -> Sa
     )
 
 
-def init(config: RunConfig, model: DiT, key):
+def init(config: RunConfig, model: Transformer, key):
     """Parameters in flax's boxes of logical axis names."""
     batch = example_batch(config, model)
     time_BS = np.zeros(batch["clip_BSF"].shape[:2], np.float32)
     return model.init(key, batch, time_BS)["params"]
 
 
-def example_batch(config: RunConfig, model: DiT) -> dict:
+def example_batch(config: RunConfig, model: Transformer) -> dict:
     """A batch of padding with the shapes of training."""
-    channels = model.token_width // int(np.prod(config.model.patch))
     return pipeline.packed_rows.empty_rows(
-        config.packing.rows, config.packing, config.model.patch, channels
+        config.packing.rows, config.packing, config.model.patch, model.config.in_channels
     )
 
 
-def loss(config: RunConfig, model: DiT, data_std, params, batch: dict, key):
+def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, key):
     """Mean squared velocity error, clips weighted by their tokens, and counts for the log."""
     shape_BS = batch["clip_BSF"].shape[:2]
     time_BS = times.shift(
@@ -105,7 +105,7 @@ def loss(config: RunConfig, model: DiT, data_std, params, batch: dict, key):
     }
 
 
-def clip_errors(model: DiT, data_std, params, batch: dict, time_BS, noise_key):
+def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, noise_key):
     """(error_BS, tokens_BS): mean squared velocity error and number of tokens of every clip.
 
     data_std: of every channel of the latents, a tuple (C,).
@@ -113,7 +113,7 @@ def clip_errors(model: DiT, data_std, params, batch: dict, time_BS, noise_key):
     tokens_BND = batch["tokens_BND"]
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
     noise_BND = jax.random.normal(noise_key, tokens_BND.shape)
-    time_BN1 = by_segment(time_BS[..., None], member_BNS)
+    time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"])
     noised_BND = process.corrupt(tokens_BND, noise_BND, time_BN1)
     prediction_BND = velocity(model, data_std, params, batch, noised_BND, time_BS)
     target_BND = process.velocity(tokens_BND, noise_BND)
@@ -121,16 +121,19 @@ def clip_errors(model: DiT, data_std, params, batch: dict, time_BS, noise_key):
     return error_BS, member_BNS.sum(1)
 
 
-def held_out_requests(cache: LatentCache, count: int, seed: int) -> list[Request]:
-    """Requests with the first captions and the sizes of the first held-out clips that move."""
+def moving_clips(cache: LatentCache, count: int) -> list[LatentRecord]:
+    """The first clips that move, by id."""
     moving = np.flatnonzero(cache.video_C3[:, 0] > 1)
     order = np.argsort(cache.ids[moving], kind="stable")
-    requests = []
-    for clip in moving[order][:count]:
-        record = cache[int(clip)]
-        spec = VideoSpec(record.frames, record.height, record.width)
-        requests.append(Request(record.captions[0], spec, record.fps, seed + len(requests)))
-    return requests
+    return [cache[int(clip)] for clip in moving[order][:count]]
+
+
+def held_out_requests(cache: LatentCache, count: int, seed: int) -> list[Request]:
+    """Requests with the first captions and the sizes of the first held-out clips that move."""
+    return [
+        Request(clip.captions[0], VideoSpec(clip.frames, clip.height, clip.width), clip.fps,
+                seed + i)
+        for i, clip in enumerate(moving_clips(cache, count))]
 
 
 def write_samples(config: RunConfig, sampler: Sampler, held_out: LatentCache, params, step: int,

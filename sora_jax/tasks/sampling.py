@@ -12,7 +12,8 @@ from sora_jax.core.shapes import VideoSpec
 from sora_jax.data.packed_rows import PackedClip, empty_rows, num_tokens, pack_row, unpack_row
 from sora_jax.data.packing import PackingConfig
 from sora_jax.diffusion import grids, guidance, process, samplers, solvers, times
-from sora_jax.models.dit import DiT, by_segment
+from sora_jax.models.segments import by_segment
+from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import DiffusionConfig, SamplingConfig
 from sora_jax.tasks.latents import decode
 from sora_jax.weights.vae_files import FrozenVAE
@@ -36,7 +37,7 @@ class Sampler:
     clip's time is in the guidance interval.
     """
 
-    model: DiT
+    model: Transformer
     vae: FrozenVAE
     diffusion: DiffusionConfig
     packing: PackingConfig
@@ -139,15 +140,14 @@ def clip_shift(batch: dict, diffusion: DiffusionConfig):
     )
 
 
-def velocity(model: DiT, data_std, params, batch: dict, noised_BND, time_BS):
+def velocity(model: Transformer, data_std, params, batch: dict, noised_BND, time_BS):
     """The model's velocity (B, N, D) of noised tokens, each clip at its own time.
 
     data_std: of every channel of the latents, a tuple (C,); a token holds C last.
     """
-    member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
     padding_BN1 = (batch["segment_BN"] == 0)[..., None]
-    time_BN1 = by_segment(time_BS[..., None], member_BNS) + padding_BN1
-    data_std_D = jnp.tile(jnp.asarray(data_std), model.token_width // len(data_std))
+    time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"]) + padding_BN1
+    data_std_D = jnp.tile(jnp.asarray(data_std), model.config.in_width // len(data_std))
     seen_BND, velocity_of = process.precondition(noised_BND, time_BN1, data_std_D)
     return velocity_of(model.apply({"params": params}, {**batch, "tokens_BND": seen_BND}, time_BS))
 
@@ -186,7 +186,7 @@ def _sample(model, data_std, guided, stochastic, params, batch, blank, seed_BS, 
         return jax.lax.cond(needed, ask_again, lambda: with_text)
 
     def noise(row):
-        return token_noise(seed_BS, clip_BN, batch["position_BN3"], row, model.token_width)
+        return token_noise(seed_BS, clip_BN, batch["position_BN3"], row, model.config.in_width)
 
     return samplers.walk(network, batch["tokens_BND"], table, noise if stochastic else None, expand)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sora_jax.data.tokenizers import VOCABULARY_SIZE, encode_bytes
 from sora_jax.models.text_bytes import (
@@ -10,6 +11,7 @@ from sora_jax.models.text_bytes import (
     NUM_BYTE_IDS,
     TextBytes,
     TextBytesConfig,
+    ngram_buckets,
     word_index,
 )
 from sora_jax.sharding import unbox
@@ -37,6 +39,27 @@ def test_words_begin_with_a_text_after_spaces_and_in_endless_words():
     starts = np.flatnonzero(np.diff(index[: 2 + len(text)], prepend=-1))
     expected = sorted({0, 3, 8, LONGEST_WORD, 2 * LONGEST_WORD, 1 + len(text)})
     assert starts.tolist() == expected  # byte 0 is BOS
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_bucket_is_told_by_the_last_bytes_in_their_order(length):
+    """Other bytes at 20 and 21, or the same two exchanged, change the buckets of exactly the
+    n-grams that hold them; a text before or after changes none."""
+    ids = np.random.default_rng(0).permutation(np.arange(2, 42))[None]
+    two_texts = np.repeat([[1, 2]], [12, 28], axis=1)
+
+    def changed(ids_after):
+        before = ngram_buckets(jnp.asarray(ids), jnp.asarray(two_texts), length, 2**31 - 1)
+        after = ngram_buckets(jnp.asarray(ids_after), jnp.asarray(two_texts), length, 2**31 - 1)
+        return np.flatnonzero(before != after).tolist()
+
+    other, exchanged, neighbour = ids.copy(), ids.copy(), ids.copy()
+    other[0, 20:22] += 100
+    exchanged[0, 20:22] = ids[0, 21:19:-1]
+    neighbour[0, :12] += 100
+    assert changed(other) == list(range(20, 21 + length))
+    assert changed(exchanged) == list(range(20, 21 + length))
+    assert changed(neighbour) == list(range(12))
 
 
 def encode(ids, segments):

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sora_jax.models.patchify import clips_as_rows, unpatchify
 from sora_jax.models.transformer import Transformer
+from sora_jax.weights.transformer_weights import parameter_shapes
+from sora_jax.weights.vae_files import flatten, unflatten
 from tests.outside_data import outside
 
 GOLDEN, LAYOUTS = outside("golden"), outside("layouts")
@@ -60,15 +63,53 @@ def count(shapes: dict) -> int:
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-def run(config, params, batch, time, time_BN=None):
-    """The transformer's output for times in the published unit.
-
-    0..1000 goes in as it is: t / 1000 and back would round.
-    """
-    model = Transformer(dataclasses.replace(config, time_scale=1.0))
+def precise(function, *arrays):
+    """function(*arrays), compiled, with products in exact float32."""
     with jax.default_matmul_precision("highest"):
-        apply = jax.jit(model.apply, compiler_options=COMPILE_FAST)
-        return np.asarray(apply({"params": params}, batch, time, time_BN))
+        return jax.jit(function, compiler_options=COMPILE_FAST)(*arrays)
+
+
+def predict(case: Case, config, params, time_BN=None, channel_axis=1):
+    """What the native transformer makes of the case's inputs, in the layout of "out.sample".
+
+    Images (B, C, H, W) are clips of one frame. Times are in the published unit: 0..1000 goes in as
+    it is, since t / 1000 and back would round.
+    """
+    io = case.io
+    latents = np.moveaxis(io["in.hidden_states"], channel_axis, -1)
+    clips_BTHWC = latents if latents.ndim == 5 else latents[:, None]
+    batch = clips_as_rows(clips_BTHWC, config.patch)
+    for name, tokens, segment in (
+            ("in.encoder_hidden_states", "text_embedding_BMD", "text_segment_BM"),
+            ("in.encoder_hidden_states_image", "image_embedding_BLD", "image_segment_BL")):
+        if name in io:
+            batch[tokens], batch[segment] = io[name], np.ones(io[name].shape[:2], np.int32)
+    if "in.class_labels" in io:
+        batch["label_BS"] = io["in.class_labels"][:, None]
+    model = Transformer(dataclasses.replace(config, time_scale=1.0))
+    time_BS = io["in.timestep"][:, None].astype(np.float32)
+    out = np.asarray(precise(model.apply, {"params": params}, batch, time_BS, time_BN))
+    sample = unpatchify(out, config.patch, clips_BTHWC.shape[1:4])
+    return np.moveaxis(sample.reshape(*latents.shape[:-1], -1), -1, channel_axis)
+
+
+def native_shapes(params) -> dict:
+    return {name: leaf.shape for name, leaf in flatten(params).items()}
+
+
+def assert_file_comes_back(case: Case, config, params, export):
+    """The parameters are those of the config, and export(config, params) is the case's file."""
+    assert native_shapes(params) == parameter_shapes(config)
+    assert_bit_for_bit(export(config, params), case.tensors)
+
+
+def shapes_there_and_back(published: dict, shapes: dict, config, import_, export) -> dict:
+    """Native shapes of a published layout, which export takes back to it; allocates nothing."""
+    params = jax.eval_shape(lambda tensors: import_(published, tensors)[1], structs(shapes))
+    native = native_shapes(params)
+    assert native == parameter_shapes(config)
+    assert traced_shapes(lambda x: export(config, unflatten(x)), native) == shapes
+    return native
 
 
 def error(got, wanted) -> float:

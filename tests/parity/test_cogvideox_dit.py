@@ -1,31 +1,25 @@
 """CogVideoX: the native transformer computes what the published class computes (golden case
 cogvideox_dit), and the published 2B and 5B fit it."""
 
-import jax
-import numpy as np
 import pytest
 
 from sora_jax.core.errors import UserError
-from sora_jax.models.patchify import clips_as_rows, unpatchify
 from sora_jax.weights.cogvideox_dit import (
     config_from_cogvideox,
     export_cogvideox_dit,
     import_cogvideox_dit,
 )
-from sora_jax.weights.transformer_weights import parameter_shapes
-from sora_jax.weights.vae_files import flatten, unflatten
 from tests.parity.golden import (
     TOLERANCE,
-    assert_bit_for_bit,
+    assert_file_comes_back,
     count,
     error,
     load_case,
     load_layout,
     needs_golden,
     needs_layouts,
-    run,
-    structs,
-    traced_shapes,
+    predict,
+    shapes_there_and_back,
 )
 
 MILLIONS = {"cogvideox-2b_class_default": 1693.8, "cogvideox-5b": 5570.3}
@@ -35,16 +29,9 @@ MILLIONS = {"cogvideox-2b_class_default": 1693.8, "cogvideox-5b": 5570.3}
 def test_output_equals_the_published_class():
     case = load_case("cogvideox_dit")
     config, params = import_cogvideox_dit(case.config, case.tensors)
-    latents = case.io["in.hidden_states"].transpose(0, 1, 3, 4, 2)
-    batch = clips_as_rows(latents, config.patch)
-    batch["text_embedding_BMD"] = case.io["in.encoder_hidden_states"]
-    batch["text_segment_BM"] = np.ones(batch["text_embedding_BMD"].shape[:2], np.int32)
-    out = run(config, params, batch, case.io["in.timestep"][:, None])
-    sample = unpatchify(out, config.patch, latents.shape[1:4]).transpose(0, 1, 4, 2, 3)
+    sample = predict(case, config, params, channel_axis=2)
     assert error(sample, case.io["out.sample"]) < TOLERANCE
-    assert_bit_for_bit(export_cogvideox_dit(config, params), case.tensors)
-    shapes = {name: leaf.shape for name, leaf in flatten(params).items()}
-    assert shapes == parameter_shapes(config)
+    assert_file_comes_back(case, config, params, export_cogvideox_dit)
 
 
 @needs_layouts
@@ -53,11 +40,9 @@ def test_published_sizes_fit(name):
     published, shapes = load_layout(name)
     config = config_from_cogvideox(published)
     assert config.rope == (name == "cogvideox-5b")
-    params = jax.eval_shape(lambda x: import_cogvideox_dit(published, x)[1], structs(shapes))
-    native = {name: leaf.shape for name, leaf in flatten(params).items()}
-    assert native == parameter_shapes(config)
+    native = shapes_there_and_back(
+        published, shapes, config, import_cogvideox_dit, export_cogvideox_dit)
     assert round(count(native) / 1e6, 1) == MILLIONS[name]
-    assert traced_shapes(lambda x: export_cogvideox_dit(config, unflatten(x)), native) == shapes
 
 
 @needs_golden

@@ -1,39 +1,29 @@
 """DiT: the native transformer computes what the published class computes (golden cases
 dit_paper_diffusers and dit_paper_original), and both namings of DiT-XL/2 fit it."""
 
-import jax
 import numpy as np
 import pytest
 
 from sora_jax.core.errors import UserError
-from sora_jax.models.patchify import clips_as_rows, unpatchify
+from sora_jax.models.patchify import clips_as_rows
 from sora_jax.models.positions import sincos2d
 from sora_jax.weights.dit_paper import config_from_dit, export_dit, import_dit
-from sora_jax.weights.transformer_weights import parameter_shapes
-from sora_jax.weights.vae_files import flatten, unflatten
+from sora_jax.weights.vae_files import flatten
 from tests.parity.golden import (
     TOLERANCE,
     assert_bit_for_bit,
+    assert_file_comes_back,
     count,
     error,
     load_case,
     load_layout,
     needs_golden,
     needs_layouts,
-    run,
-    structs,
-    traced_shapes,
+    predict,
+    shapes_there_and_back,
 )
 
 SHIFT = {"dit_paper_diffusers": 1, "dit_paper_original": 0}
-
-
-def predict(case, config, params):
-    batch = clips_as_rows(case.io["in.hidden_states"].transpose(0, 2, 3, 1)[:, None], config.patch)
-    batch["label_BS"] = case.io["in.class_labels"][:, None]
-    time_BS = case.io["in.timestep"][:, None].astype(np.float32)
-    return unpatchify(run(config, params, batch, time_BS), config.patch, (1, 8, 8))[:, 0].transpose(
-        0, 3, 1, 2)
 
 
 @needs_golden
@@ -43,9 +33,7 @@ def test_output_equals_the_published_class(name):
     published = {**case.config, "downscale_freq_shift": SHIFT[name]}
     config, params = import_dit(published, case.tensors)
     assert error(predict(case, config, params), case.io["out.sample"]) < TOLERANCE
-    assert_bit_for_bit(export_dit(config, params), case.tensors)
-    shapes = {name: leaf.shape for name, leaf in flatten(params).items()}
-    assert shapes == parameter_shapes(config)
+    assert_file_comes_back(case, config, params, export_dit)
 
 
 @needs_golden
@@ -85,9 +73,5 @@ def test_wrong_tensors_are_named():
 def test_dit_xl_2_fits_the_published_layout_and_the_papers_size():
     published, shapes = load_layout("dit-xl-2-256")
     config = config_from_dit(published)
-    params = jax.eval_shape(lambda x: import_dit(published, x)[1], structs(shapes))
-    native = {name: leaf.shape for name, leaf in flatten(params).items()}
-    assert native == parameter_shapes(config)
+    native = shapes_there_and_back(published, shapes, config, import_dit, export_dit)
     assert round(count(native), -5) == 674_800_000
-    exported = traced_shapes(lambda x: export_dit(config, unflatten(x)), native)
-    assert exported == shapes

@@ -1,14 +1,20 @@
 """MM-DiT: the native block with separate streams computes what the published block computes (golden
 case mmdit_block)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.models.transformer_blocks import Context, TransformerBlock
 from sora_jax.weights.mmdit_block import block_shapes, export_mmdit_block, import_mmdit_block
-from sora_jax.weights.vae_files import flatten
-from tests.parity.golden import TOLERANCE, assert_bit_for_bit, error, load_case, needs_golden
+from tests.parity.golden import (
+    TOLERANCE,
+    assert_bit_for_bit,
+    error,
+    load_case,
+    native_shapes,
+    needs_golden,
+    precise,
+)
 
 
 @needs_golden
@@ -20,12 +26,11 @@ def test_output_equals_the_published_block():
     condition_BSD = jnp.asarray(case.io["in.temb"][:, None])
     context = Context(**dict.fromkeys(Context._fields))._replace(
         condition=condition_BSD, text_condition_BSD=condition_BSD,
-        member_BNS=jnp.ones((*x.shape[:2], 1)), text_member_BMS=jnp.ones((*text.shape[:2], 1)),
+        owner_BN=segment_BN,
         segments=(segment_BN,), segment_BN=segment_BN, text_segment_BM=text_segment_BM)
-    with jax.default_matmul_precision("highest"):
-        (x, text), _ = jax.jit(TransformerBlock(config).apply)(
-            {"params": params}, (x, text), 0, context)
+    (x, text), _ = precise(
+        TransformerBlock(config).apply, {"params": params}, (x, text), 0, context)
     assert error(x, case.io["out.hidden_states"]) < TOLERANCE
     assert error(text, case.io["out.encoder_hidden_states"]) < TOLERANCE
     assert_bit_for_bit(export_mmdit_block(config, params), case.tensors)
-    assert {name: leaf.shape for name, leaf in flatten(params).items()} == block_shapes(config)
+    assert native_shapes(params) == block_shapes(config)

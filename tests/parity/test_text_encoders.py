@@ -21,7 +21,6 @@ from sora_jax.weights.text_encoders import (
     import_encoder,
 )
 from tests.parity.golden import (
-    COMPILE_FAST,
     TOLERANCE,
     assert_bit_for_bit,
     count,
@@ -30,6 +29,7 @@ from tests.parity.golden import (
     load_layout,
     needs_golden,
     needs_layouts,
+    precise,
 )
 
 MILLIONS = {"t5-v1.1-xxl-encoder": 4762.3, "umt5-xxl-encoder": 5680.9, "clip-L14": 427.6,
@@ -44,9 +44,7 @@ def imported(name):
 
 
 def jitted(function, config, *arrays):
-    """function(config, tensors, ...) compiled, in exact float32."""
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(functools.partial(function, config), compiler_options=COMPILE_FAST)(*arrays)
+    return precise(functools.partial(function, config), *arrays)
 
 
 @needs_golden

@@ -4,7 +4,6 @@
 import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,14 +13,17 @@ from sora_jax.core.tree import unflatten
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.weights import published, registry
 from sora_jax.weights.rules import published_shapes
-from tests.outside_data import outside
+from tests.parity.golden import (
+    GOLDEN,
+    LAYOUTS,
+    TOLERANCE,
+    error,
+    needs_golden,
+    needs_layouts,
+    precise,
+)
 
-GOLDEN, LAYOUTS = outside("golden"), outside("layouts")
-TOLERANCE = 2e-5
-COMPILE_FAST = {"xla_backend_optimization_level": "0"}  # these run once, on tiny inputs
 FAMILIES = {"wan21_vae": "wan_vae", "wan22_vae": "wan_vae", "sd_vae": "sd_vae"}
-
-needs_golden = pytest.mark.skipif(GOLDEN is None, reason="no golden files (SORA_JAX_GOLDEN)")
 
 
 @functools.cache
@@ -38,14 +40,9 @@ def channels_last(x):
     return np.moveaxis(x if x.ndim == 5 else x[:, :, None], 1, -1)
 
 
-def error(got, wanted):
-    return np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
-
-
 def run(config, params, method, *args, **kwargs):
-    with jax.default_matmul_precision("highest"):
-        apply = functools.partial(VideoVAE(config).apply, method=method, **kwargs)
-        return jax.jit(apply, compiler_options=COMPILE_FAST)({"params": params}, *args)
+    apply = functools.partial(VideoVAE(config).apply, method=method, **kwargs)
+    return precise(apply, {"params": params}, *args)
 
 
 @needs_golden
@@ -163,7 +160,7 @@ def test_keys_that_do_not_fit_are_named(name):
         "1 keys of another shape: decoder.conv_in.bias is (99,), should be ("))
 
 
-@pytest.mark.skipif(LAYOUTS is None, reason="no layout files (SORA_JAX_LAYOUTS)")
+@needs_layouts
 @pytest.mark.parametrize("name", [
     "wan2.1-vae_class_default", "wan2.2-vae", "sd-vae", "sd3_flux-vae"])
 def test_the_native_tree_has_the_published_layout_at_full_size(name):

@@ -74,6 +74,20 @@ def test_normalised_latents_have_the_std_the_card_gives_and_decode_back(tmp_path
     assert difference.max() <= 1
 
 
+def test_the_digest_is_that_of_weights_and_statistics(tmp_path, params):
+    """A latent cache is keyed by it, and each of these changes the latents."""
+    other = jax.tree.map(lambda x: np.asarray(x) + 1, params)
+    zero, one = np.zeros(4), np.ones(4)
+    digests = []
+    for given in ((params, zero, one), (params, zero, one), (other, zero, one), (params, one, one),
+                  (params, zero, one * 2), (params, zero, one, np.array([1.5, 1.0, 0.5, 0.5]))):
+        weights, mean, std, *channel_std = given
+        save_vae(tmp_path / "vae.safetensors", CONFIG, weights, mean, std, {},
+                 channel_std_C=channel_std[0] if channel_std else None)
+        digests.append(load_vae(tmp_path / "vae.safetensors").digest)
+    assert digests[0] == digests[1] and len(set(digests)) == 5
+
+
 def edit(path, change):
     card = json.loads(path.with_suffix(".json").read_text())
     change(card)
