@@ -184,6 +184,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim = ConfigDict({
         "optimizer": "muon",  # adamw | muon
         "learning_rate": 2.5e-3,
+        "muon_scale": 1.0,  # Muon's rate over that of AdamW's part
         "warmup_steps": 50,
         "decay": "cosine",
         "final_lr_fraction": 0.02,

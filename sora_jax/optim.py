@@ -28,6 +28,7 @@ class OptimConfig:
 
     optimizer: "adamw", or "muon" for the matrices of hidden layers (see MUON_MATRICES) and AdamW
       for the rest, with updates of the same size, so that both take the same learning rate.
+    muon_scale: Muon's rate over that of AdamW's part.
     learning_rate: the peak, reached after `warmup` steps and left at once, or under
       "warmup_stable_decay" kept until the last `decay_fraction` of the run.
     final_lr_fraction: the last step's rate over the peak (ignored by "constant").
@@ -39,6 +40,7 @@ class OptimConfig:
     """
 
     optimizer: str = "adamw"
+    muon_scale: float = 1.0
     learning_rate: float = 3e-4
     warmup_steps: int = 100
     decay: str = "cosine"
@@ -70,6 +72,8 @@ class OptimConfig:
             raise UserError(
                 f"optim.train_first = {self.train_first!r} with optim.train_first_steps = "
                 f"{self.train_first_steps}: give both or neither")
+        if not self.muon_scale > 0:
+            raise UserError(f"optim.muon_scale = {self.muon_scale} must be above 0")
         if not self.eps > 0:
             raise UserError(f"optim.eps = {self.eps} must be above 0")
         for name in ("final_lr_fraction", "decay_fraction"):
@@ -160,7 +164,8 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
     schedule = learning_rate_schedule(config, num_steps)
     if config.optimizer == "muon":
         parts = [contrib.muon(
-            schedule, weight_decay=config.weight_decay, weight_decay_mask=decay_mask,
+            lambda count: config.muon_scale * schedule(count), adam_learning_rate=schedule,
+            weight_decay=config.weight_decay, weight_decay_mask=decay_mask,
             adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, consistent_rms=0.2,
             adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=muon_dimensions,
