@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -18,7 +19,9 @@ import time
 import traceback
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from sora_jax.core.errors import UserError
 
@@ -216,6 +219,24 @@ def wait_for_all(name: str) -> None:
     if jax.process_count() > 1:
         ocp.multihost.get_barrier_sync_fn()(
             key=name, timeout_ms=_LONGEST_WAIT_SECONDS * 1000)
+
+
+_exchanges = itertools.count()
+
+
+def exchange(text: str) -> list[str]:
+    """What every process says here, by process index. All of them call it, in the same order."""
+    if jax.process_count() == 1:
+        return [text]
+    # Devices wait only minutes for each other; this waits as long as the others work.
+    wait_for_all(f"exchange {next(_exchanges)}")
+    said = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(said)))
+    room = -(-max(lengths) // 256) * 256  # few sizes: each is compiled once
+    if not room:
+        return [""] * len(lengths)
+    rows = multihost_utils.process_allgather(np.pad(said, (0, room - len(said))))
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 @contextlib.contextmanager
