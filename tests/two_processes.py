@@ -15,6 +15,7 @@ from sora_jax import metrics, processes, runtime, sharding, stopping
 from sora_jax.checkpoint import CheckpointConfig, Checkpointer
 
 ORBAX_RESTORE = ocp.CompositeCheckpointHandler.restore
+RENAME = pathlib.Path.rename
 
 
 def unreadable_here(handler, directory, args):
@@ -26,6 +27,11 @@ def unreadable_here(handler, directory, args):
     if directory.name == "3" and "other" in restored.keys():
         restored["other"]["step"] = restored["other"]["step"] + 1
     return restored
+
+
+def slow_rename(path, target):
+    time.sleep(0.5)
+    return RENAME(path, target)
 
 
 def main(argv):
@@ -54,24 +60,26 @@ def main(argv):
     assert not stopping.StopFlag().after(1)
 
     shardings = placed(make_state(), mesh)
+
+    def save(step):
+        checkpointer.save(step, jax.tree.map(
+            lambda x, s: jax.make_array_from_callback(x.shape, s, lambda at: np.asarray(x)[at]),
+            make_state(step), shardings))
+        checkpointer.wait()
+
     lines = []
-    with Checkpointer(
-        directory, CheckpointConfig(keep=4), report=lines.append
-    ) as checkpointer:
+    with Checkpointer(directory, CheckpointConfig(keep=4), report=lines.append) as checkpointer:
         for step in (1, 2, 3, 4):
-            state = make_state(step)
-            checkpointer.save(step, jax.tree.map(
-                lambda x, s: jax.make_array_from_callback(
-                    x.shape, s, lambda at, x=x: np.asarray(x)[at]),
-                state, shardings))
-            checkpointer.wait()
+            save(step)
         if index == 0:
             (directory / "checkpoints" / "2" / "fingerprint" / "metadata").write_bytes(b"")
+            pathlib.Path.rename = slow_rename
         processes.exchange("damaged")
         if index == 1:
             ocp.CompositeCheckpointHandler.restore = unreadable_here
             time.sleep(1)  # process 0 knows meanwhile what it takes for damaged
         restored = checkpointer.restore_or_none(abstract(make_state()), shardings)
+        save(2)
     jax.tree.map(
         lambda a, b: [np.testing.assert_array_equal(s.data, np.asarray(b)[s.index])
                       for s in a.addressable_shards],
