@@ -190,13 +190,13 @@ class Checkpointer:
         def read(step):
             return read_params(self._directory, step, item, abstract_params, shardings)
 
+        steps = _agreed_steps(self._directory, shardings)
         if step == "latest":
-            steps = _agreed_steps(self._directory, shardings)
             if not steps:
                 raise UserError(f"there is no checkpoint in {self._directory}; train first")
             return _newest(self._directory, steps, None, self._report, read)
-        if step not in self.steps():
-            listed = ", ".join(map(str, self.steps())) or "none"
+        if step not in steps:
+            listed = ", ".join(map(str, steps)) or "none"
             raise UserError(f"there is no step {step} in {self._directory} (present: {listed})")
         return step, read(step)
 

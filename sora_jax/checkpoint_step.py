@@ -162,7 +162,7 @@ def _read_items(directory, step, items) -> dict[str, jax.Array]:
 def _agreed(work: Callable):
     """work() on every process; where it raises a UserError on one, all raise that of the first.
 
-    Another error than damage comes before damage: it moves no step away.
+    An error that is no damage goes first: after it no step is moved away.
     """
     result, error = None, None
     try:

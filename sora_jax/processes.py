@@ -117,7 +117,8 @@ def join(cluster: Cluster | None, join_seconds: float = 300, dead_peer_seconds: 
 
     join_seconds: until all have come, else one line and the end (2 where the coordinator does not
     answer). dead_peer_seconds: after which a silent process is dead, and all others end with one
-    line. Processes other than the first print nothing to stdout from here on.
+    line. Processes other than the first print nothing to stdout from here on. After an exception
+    the program ends by end_after(), as in runtime.start: Python's own end would wait for the others.
 
     Raises UserError where the coordinator cannot be reached.
     """
@@ -228,7 +229,7 @@ def exchange(text: str) -> list[str]:
     """What every process says here, by process index. All of them call it, in the same order."""
     if jax.process_count() == 1:
         return [text]
-    # Devices wait only minutes for each other; this waits as long as the others work.
+    # Devices may give up waiting for each other; this waits as long as the others work.
     wait_for_all(f"exchange {next(_exchanges)}")
     said = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(said)))

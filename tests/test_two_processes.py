@@ -19,7 +19,7 @@ def run(*arguments):
         [sys.executable, ROOT / "launch" / "local.py", "--num-processes=2",
          "--module=two_processes", "--", "--dead_peer_seconds=30", *arguments],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        text=True, capture_output=True, timeout=120)
+        text=True, capture_output=True, timeout=240)
 
 
 def test_two_processes_feed_their_rows_and_share_checkpoints_with_one(tmp_path):
