@@ -118,7 +118,7 @@ def join(cluster: Cluster | None, join_seconds: float = 300, dead_peer_seconds: 
     join_seconds: until all have come, else one line and the end (2 where the coordinator does not
     answer). dead_peer_seconds: after which a silent process is dead, and all others end with one
     line. Processes other than the first print nothing to stdout from here on. After an exception
-    the program ends by end_after(), as in runtime.start: Python's own end would wait for the others.
+    a program ends by end_after(), as in runtime.start: Python's own end would wait for the others.
 
     Raises UserError where the coordinator cannot be reached.
     """
