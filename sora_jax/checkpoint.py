@@ -6,6 +6,7 @@ described in docs/formats_checkpoint.md.
 """
 
 import dataclasses
+import json
 import logging
 import pathlib
 from collections.abc import Callable
@@ -13,10 +14,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from sora_jax import processes
 from sora_jax import workdir as workdir_files
-from sora_jax.checkpoint_step import DamagedCheckpoint, read_params, read_state, save_args
+from sora_jax.checkpoint_step import (
+    DamagedCheckpoint,
+    is_joint,
+    read_params,
+    read_state,
+    save_args,
+)
 from sora_jax.core.disk import reports_full_disk
 from sora_jax.core.errors import UserError
 
@@ -43,7 +50,8 @@ class CheckpointConfig:
 class Checkpointer:
     """The checkpoints of one workdir; close it, or use it in a `with`.
 
-    While it is open no other training job can use the workdir.
+    While it is open no other training job can use the workdir. Of several processes all make it,
+    save and restore together; only weights without shardings are restored by one alone.
 
     read_only: for jobs beside a training job; never writes, moves or deletes.
     report: takes each line that the user should read.
@@ -99,7 +107,7 @@ class Checkpointer:
 
         Raises UserError where the disk was full, now or during the save before.
         """
-        if step in self.steps():
+        if json.loads(processes.exchange(json.dumps(step in self.steps()))[0]):
             return
         with reports_full_disk(self._directory):
             self._manager.save(step, args=save_args(state), force=True)
@@ -137,7 +145,7 @@ class Checkpointer:
             return create()
         source = _existing(self._config.init_from, "init_from")
         step, params = _newest(
-            source, None, self._report,
+            source, _agreed_steps(source, shardings.params), None, self._report,
             lambda step: read_params(
                 source, step, "ema_params", abstract_state.params, shardings.params),
         )
@@ -158,9 +166,9 @@ class Checkpointer:
         if self._config.resume_from:
             places.append((_existing(self._config.resume_from, "resume_from"), None))
         for directory, set_aside in places:
-            if _steps(directory):
+            if steps := _agreed_steps(directory, shardings, is_own=set_aside is not None):
                 step, state = _newest(
-                    directory, set_aside, self._report,
+                    directory, steps, set_aside, self._report,
                     lambda step, directory=directory: read_state(
                         directory, step, abstract_state, shardings),
                 )
@@ -182,12 +190,13 @@ class Checkpointer:
         def read(step):
             return read_params(self._directory, step, item, abstract_params, shardings)
 
+        steps = _agreed_steps(self._directory, shardings)
         if step == "latest":
-            if not self.steps():
+            if not steps:
                 raise UserError(f"there is no checkpoint in {self._directory}; train first")
-            return _newest(self._directory, None, self._report, read)
-        if step not in self.steps():
-            listed = ", ".join(map(str, self.steps())) or "none"
+            return _newest(self._directory, steps, None, self._report, read)
+        if step not in steps:
+            listed = ", ".join(map(str, steps)) or "none"
             raise UserError(f"there is no step {step} in {self._directory} (present: {listed})")
         return step, read(step)
 
@@ -199,8 +208,7 @@ class Checkpointer:
             while (place := target / f"{step}.{number}").exists():
                 number += 1
             (self._directory / str(step)).rename(place)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {step}")
+        processes.exchange("")  # until it is away
         self._manager.reload()
 
 
@@ -217,6 +225,24 @@ def _steps(directory) -> list[int]:
         int(path.name) for path in directory.iterdir()
         if path.name.isdecimal() and path.is_dir() and any(path.iterdir())
     )
+
+
+def _agreed_steps(directory, shardings, is_own=False) -> list[int]:
+    """The steps that the first process sees, where several read arrays of these shardings.
+
+    is_own: nobody else writes there, so that all have to see the same; else UserError is raised.
+    """
+    steps = _steps(directory)
+    if not is_joint(shardings):
+        return steps
+    seen = [json.loads(text) for text in processes.exchange(json.dumps(steps))]
+    for index, others in enumerate(seen):
+        if is_own and others != seen[0]:
+            raise UserError(
+                f"process {index} sees the steps {others} in {directory}, process 0 sees "
+                f"{seen[0]}; the workdir must be on a disk that all processes share"
+            )
+    return seen[0]
 
 
 def _remove_empty_steps(directory):
@@ -237,9 +263,8 @@ def _existing(workdir: str, key: str) -> pathlib.Path:
     return directory
 
 
-def _newest(directory, set_aside, report, read):
-    """(step, read(step)) of the newest step that is whole; says which were not."""
-    steps = _steps(directory)
+def _newest(directory, steps, set_aside, report, read):
+    """(step, read(step)) of the newest of these steps that is whole; says which were not."""
     for step in reversed(steps):
         try:
             return step, read(step)

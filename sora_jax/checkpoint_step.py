@@ -1,13 +1,20 @@
 """One checkpoint of a train state on disk: written by Orbax, read back only as it was saved.
 
+Arrays that lie on the devices of several processes are read by all of them: each reads its part by
+itself, then they agree whether the step is whole, and none goes on alone.
+
 The format is described in docs/formats_checkpoint.md.
 """
+
+import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from sora_jax import processes
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import named_leaves
 from sora_jax.fingerprint import fingerprints, opened, sealed
@@ -72,6 +79,11 @@ def read_params(directory, step, item, abstract_params, shardings):
         {tuple(path.split("/")[1:]): leaf for path, leaf in read.items()})
 
 
+def is_joint(shardings) -> bool:
+    """Whether arrays so placed are read by several processes together."""
+    return not all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings))
+
+
 def _first_device():
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -90,11 +102,20 @@ def _saved_leaves(directory, step, item):
 
 
 def _open_step(directory, step, names):
-    """What Orbax reads of a step; whatever goes wrong in there means that the step is damaged."""
+    """What Orbax reads of a step; whatever goes wrong in there means that the step is damaged.
+
+    Each process reads alone: a barrier of Orbax in here would not be reached by one that fails.
+    """
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        with ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
+        ) as reader:
             restored = reader.restore(directory / str(step), args=ocp.args.Composite(**names))
         return {name: restored[name] for name in names}
+    except jax.errors.JaxRuntimeError:  # of a device, as when memory is short, and not of the files
+        raise
     except Exception as error:  # Orbax raises bare Exceptions for truncated files
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise DamagedCheckpoint(
@@ -112,21 +133,50 @@ def _fingerprints(directory, step) -> dict[str, dict]:
 
 def _read_items(directory, step, items) -> dict[str, jax.Array]:
     """The arrays by path, each verified; items: {item: {path: placed ShapeDtypeStruct}}."""
-    saved = _fingerprints(directory, step)
-    saved = {path: leaf for path, leaf in saved.items() if _item_of(path) in items}
     wanted = {path: leaf for item in items.values() for path, leaf in item.items()}
-    _check_layout(directory / str(step), saved, wanted)
-    restored = _open_step(
-        directory, step, {name: ocp.args.StandardRestore(item) for name, item in items.items()})
-    leaves = {path: leaf for name in items for path, leaf in restored[name].items()}
-    found = fingerprints(leaves)
-    changed = [path for path in wanted if found.get(path) != saved[path]]
-    if changed:
-        raise DamagedCheckpoint(
-            f"checkpoint {directory / str(step)} is damaged: {len(changed)} of {len(wanted)} "
-            f"arrays are not what was saved, the first is {changed[0]}"
-        )
+    joint = is_joint([leaf.sharding for leaf in wanted.values()])
+
+    def read():
+        saved = _fingerprints(directory, step)
+        saved = {path: leaf for path, leaf in saved.items() if _item_of(path) in items}
+        _check_layout(directory / str(step), saved, wanted)
+        restored = _open_step(
+            directory, step, {name: ocp.args.StandardRestore(item) for name, item in items.items()})
+        return saved, {path: leaf for name in items for path, leaf in restored[name].items()}
+
+    saved, leaves = _agreed(read) if joint else read()
+    found = fingerprints(leaves)  # sums over the devices of all processes
+
+    def check():
+        changed = [path for path in wanted if found.get(path) != saved[path]]
+        if changed:
+            raise DamagedCheckpoint(
+                f"checkpoint {directory / str(step)} is damaged: {len(changed)} of {len(wanted)} "
+                f"arrays are not what was saved, the first is {changed[0]}"
+            )
+
+    _agreed(check) if joint else check()
     return {path: leaves[path] for path in wanted}
+
+
+def _agreed(work: Callable):
+    """work() on every process; where it raises a UserError on one, all raise that of the first.
+
+    An error that is no damage goes first: after it no step is moved away.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as raised:
+        error = raised
+    said = processes.exchange(
+        "" if error is None else json.dumps([isinstance(error, DamagedCheckpoint), str(error)]))
+    failed = [(*json.loads(text), index) for index, text in enumerate(said) if text]
+    if not failed:
+        return result
+    is_damage, told, index = min(failed, key=lambda each: each[0])
+    kind = DamagedCheckpoint if is_damage else UserError
+    raise kind(f"process {index}: {told}" if index else told) from error
 
 
 def _item_of(path):

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -18,7 +19,9 @@ import time
 import traceback
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from sora_jax.core.errors import UserError
 
@@ -114,7 +117,8 @@ def join(cluster: Cluster | None, join_seconds: float = 300, dead_peer_seconds: 
 
     join_seconds: until all have come, else one line and the end (2 where the coordinator does not
     answer). dead_peer_seconds: after which a silent process is dead, and all others end with one
-    line. Processes other than the first print nothing to stdout from here on.
+    line. Processes other than the first print nothing to stdout from here on. After an exception
+    a program ends by end_after(), as in runtime.start: Python's own end would wait for the others.
 
     Raises UserError where the coordinator cannot be reached.
     """
@@ -216,6 +220,24 @@ def wait_for_all(name: str) -> None:
     if jax.process_count() > 1:
         ocp.multihost.get_barrier_sync_fn()(
             key=name, timeout_ms=_LONGEST_WAIT_SECONDS * 1000)
+
+
+_exchanges = itertools.count()
+
+
+def exchange(text: str) -> list[str]:
+    """What every process says here, by process index. All of them call it, in the same order."""
+    if jax.process_count() == 1:
+        return [text]
+    # Devices may give up waiting for each other; this waits as long as the others work.
+    wait_for_all(f"exchange {next(_exchanges)}")
+    said = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(said)))
+    room = -(-max(lengths) // 256) * 256  # few sizes: each is compiled once
+    if not room:
+        return [""] * len(lengths)
+    rows = multihost_utils.process_allgather(np.pad(said, (0, room - len(said))))
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 @contextlib.contextmanager
