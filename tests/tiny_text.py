@@ -12,11 +12,11 @@ WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "move
          "up", "down", "and", "green", "triangle")
 UMT5 = {
     "model_type": "umt5", "architectures": ["UMT5EncoderModel"], "vocab_size": 32, "d_model": 24,
-    "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 32, "relative_attention_num_buckets": 8,
+    "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 32, "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 16, "feed_forward_proj": "gated-gelu",
 }
 TOWER = {
-    "vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 32, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
     "intermediate_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 1,
     "max_position_embeddings": 16,
 }

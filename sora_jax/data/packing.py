@@ -143,7 +143,7 @@ def check_lengths(lengths: ClipLengths, config: PackingConfig) -> int:
     if not lengths.can_cut and most > config.row_text:
         raise UserError(
             f"a caption has {most} text tokens (with padding) and a row holds packing.row_text = "
-            f"{config.row_text}; raise row_text to {most} at least")
+            f"{config.row_text}; raise it to {most} at least")
     if num_cut:
         logging.warning(
             "%d of %d captions are longer than %d tokens and are cut",
