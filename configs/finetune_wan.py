@@ -6,7 +6,7 @@ Before:   the published folder in diffusers' layout (transformer, vae, text_enco
           pip install -e '.[text]' for its tokenizer
 After:    python -m sora_jax.weights export runs/finetune_wan FOLDER
 Needs:    about 23 GB of state, so one device of 80 GB, or several with mesh.fsdp;
-          --mode=plan --config.mesh.chip=H100 tells without the weights
+          --mode=plan --config.mesh.chip=H100 tells, and needs of the weights only the VAE
 Result:   tested end to end on a tiny network of this layout; not yet run at this size
 """
 
