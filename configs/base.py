@@ -63,6 +63,17 @@ def get_config(arg: str = "") -> ConfigDict:
         "batch_pixels": 16 * 17 * 48 * 48,  # frames * height * width encoded at once
     })
 
+    # A frozen text encoder, whose embeddings of all captions are cached beside the latents.
+    config.text_encoder = ConfigDict({
+        "weights": "",  # T5, umT5, CLIP or SigLIP; "" = the byte encoder model.text trains along
+        "tokenizer": "",  # tokenizer.json, a SentencePiece *.model, or a folder that holds one
+        "width": 0,  # of its embeddings
+        "max_tokens": 226,  # of a caption
+        "padding": "none",  # none | zeros (Wan) | encoded (Stable Diffusion), up to max_tokens
+        "truncate": False,  # cut longer captions; False refuses them
+        "dtype": "float16",  # of the cache: float16 | float32
+    })
+
     config.packing = ConfigDict({
         "rows": 8,  # B, of the global batch
         "row_tokens": 256,  # N, video tokens of a row
@@ -84,6 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "num_layers": 6,
         "num_heads": 3,
         "mlp_ratio": 4.0,
+        "mlp_width": 0,  # 0 = mlp_ratio times width
         "rope_theta": 100.0,
         "num_position_frequencies": 4,
         "frequency_width": 128,
@@ -125,6 +137,14 @@ def get_config(arg: str = "") -> ConfigDict:
         "time_std": 1.0,
         "base_shift": 3.0,  # of the times of a clip of base_tokens tokens
         "base_tokens": 40.0,
+        "shift_by_size": True,  # the shift grows with the clip; False: base_shift for every clip
+        "precondition": True,  # the network learns what is not Gaussian; False: the velocity itself
+    })
+
+    config.init = ConfigDict({
+        "weights": "",  # to begin with: published, native, or a workdir's; "" = random
+        # where its patch is another than model.patch: "" refuses | central | average | resample
+        "patch": "",
     })
 
     # A VAE in training: a pyramid of convolutions (configs/vae.py has one of blocks).

@@ -13,15 +13,18 @@ from sora_jax.core.errors import UserError
 from sora_jax.data.moving_shapes.world import ShapesSpec
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pixel_batches import PixelConfig
+from sora_jax.data.text_cache import DTYPES as TEXT_DTYPES
 from sora_jax.data.video_folder.options import FolderOptions
 from sora_jax.diffusion.grids import FLOW_SPACINGS
 from sora_jax.diffusion.solvers import SAMPLERS
 from sora_jax.models.discriminator import DiscriminatorConfig
 from sora_jax.models.distortion_net import DistortionNetConfig
 from sora_jax.models.model_config import ModelConfig
+from sora_jax.models.patch_embedding import INFLATIONS
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.optim import OptimConfig
 from sora_jax.sharding import MeshConfig
+from sora_jax.weights.text_encoder_files import PADDINGS
 
 TASKS = ("diffusion", "vae", "features")
 DATASETS = ("moving_shapes", "video_folder")
@@ -67,6 +70,47 @@ class LatentsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """The frozen text encoder whose embeddings are cached beside the latents; without weights, a
+    byte encoder is trained along (config.model.text)."""
+
+    weights: str = ""  # a published folder or file of T5, umT5, CLIP or SigLIP; "" = none
+    tokenizer: str = ""  # tokenizer.json, a SentencePiece *.model, or a folder that holds one
+    width: int = 0  # of its embeddings
+    max_tokens: int = 226  # of a caption, with the tokens that the tokenizer adds
+    padding: str = "none"  # none | zeros (up to max_tokens: Wan) | encoded (Stable Diffusion)
+    truncate: bool = False  # cut longer captions; False refuses them
+    dtype: str = "float16"  # of the cache: float16 | float32
+
+    def __post_init__(self):
+        for name, allowed in (("padding", PADDINGS), ("dtype", TEXT_DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"text_encoder.{name} = {getattr(self, name)!r} is unknown; "
+                                f"allowed: {', '.join(allowed)}")
+        if self.weights and not (self.tokenizer and self.width > 0 and self.max_tokens > 0):
+            raise UserError(
+                f"text_encoder.weights = {self.weights!r} with tokenizer = {self.tokenizer!r}, "
+                f"width = {self.width} and max_tokens = {self.max_tokens}: name the tokenizer's "
+                "file, the width of the embeddings, and the tokens a caption may have")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Weights of the network to begin with."""
+
+    weights: str = ""  # a published folder or file, a native one, or a workdir; "" = random
+    # what to do where its patch is another than model.patch: "" refuses it; central | average
+    # make tubelets of an image model's patches; resample resizes the projections
+    patch: str = ""
+
+    def __post_init__(self):
+        allowed = ("", *INFLATIONS, "resample")
+        if self.patch not in allowed:
+            raise UserError(f"init.patch = {self.patch!r} is unknown; allowed: "
+                            f"{', '.join(map(repr, allowed))}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """Rectified flow: how times are drawn and shifted."""
 
@@ -74,6 +118,15 @@ class DiffusionConfig:
     time_std: float
     base_shift: float  # shift of times towards noise for a clip of base_tokens tokens
     base_tokens: float
+    # The defaults below are those of configs/base.py; they stand here too so that workdirs written
+    # before these fields can still be read.
+    shift_by_size: bool = True  # the shift grows with the clip; False: base_shift for every clip
+    precondition: bool = True  # see diffusion/process.py; False: the network gives the velocity
+
+    def __post_init__(self):
+        if self.base_shift <= 0 or self.base_tokens <= 0:
+            raise UserError(f"diffusion.base_shift = {self.base_shift} and base_tokens = "
+                            f"{self.base_tokens} must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +255,8 @@ class RunConfig:
     sampling: SamplingConfig
     evaluation: EvaluationConfig
     features: DistortionNetConfig = DistortionNetConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    init: InitConfig = InitConfig()
 
 
 def resolve(mapping) -> RunConfig:
@@ -219,7 +274,26 @@ def resolve(mapping) -> RunConfig:
             f"packing.token_drop leaves gaps between tokens, and model.local_width = "
             f"{config.model.local_width} reads neighbours by their place in the row; set one of "
             "them to None or 0")
+    _check_text(config)
+    if config.init.weights and config.checkpoint.init_from:
+        raise UserError(
+            f"init.weights = {config.init.weights!r} and checkpoint.init_from = "
+            f"{config.checkpoint.init_from!r} both name weights to begin with; give one of them")
     return config
+
+
+def _check_text(config: RunConfig) -> None:
+    """Raises UserError where a frozen text encoder and the rows do not go together."""
+    encoder, packing = config.text_encoder, config.packing
+    if not encoder.weights:
+        return
+    if packing.caption_tokens is not None:
+        raise UserError(f"packing.caption_tokens = {packing.caption_tokens} cuts bytes; with a "
+                        "frozen encoder set it to None and text_encoder.max_tokens instead")
+    if encoder.max_tokens > packing.row_text:
+        raise UserError(f"text_encoder.max_tokens = {encoder.max_tokens} is above "
+                        f"packing.row_text = {packing.row_text}, the text tokens of a row; raise "
+                        "row_text")
 
 
 # Fields that may change between two starts of one workdir: they decide what is reported, when and

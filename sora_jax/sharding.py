@@ -226,3 +226,13 @@ def describe(tree, shardings=None) -> str:
         rows.append((path, shape, str(leaf.dtype), split, size, round(size * share)))
     rows.append(("total", "", "", "", total, on_device))
     return table(rows, ("path", "shape", "dtype", "split over", "bytes", "bytes per device"))
+
+
+def placed(tree, shardings, dtype=np.float32):
+    """Arrays on the devices of a tree of numpy arrays, cast; every process reads its own parts."""
+    def one(leaf, at):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            leaf.shape, at, lambda index: np.ascontiguousarray(leaf[index], dtype))
+
+    return jax.tree.map(one, tree, shardings)

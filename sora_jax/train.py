@@ -32,7 +32,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.evaluation import evaluators
 from sora_jax.tasks import encode_mode, registry
 from sora_jax.tasks.task import Task
-from sora_jax.train_step import make_step, state_functions
+from sora_jax.train_step import make_step, state_functions, with_initial
 
 MODES = ("train", "encode", "eval", "plan")
 
@@ -84,7 +84,8 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
     step_fn = make_step(config, task, tx, mesh, shardings)
     stop = stopping.StopFlag()
     with checkpoint.Checkpointer(workdir, config.checkpoint) as checkpoints:
-        state = checkpoints.restore_or_create(abstract, shardings, init_state)
+        create = with_initial(task, init_state, shardings)
+        state = checkpoints.restore_or_create(abstract, shardings, create)
         start = int(state.step)
         writer = metrics.MetricWriter(workdir, start_step=start)
         progress = metrics.Progress(config.num_steps, start)

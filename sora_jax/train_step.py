@@ -1,6 +1,7 @@
 """The compiled train step: loss of a task, gradient, optimizer, all on the mesh."""
 
 import jax
+import jax.numpy as jnp
 
 from sora_jax import sharding, train_state
 from sora_jax.core.rng import stream
@@ -19,6 +20,19 @@ def state_functions(config, task: Task, tx, mesh):
     abstract = jax.eval_shape(create)
     shardings = sharding.state_shardings(abstract, param_shardings, mesh)
     return jax.jit(create, out_shardings=shardings), abstract, shardings
+
+
+def with_initial(task: Task, create, shardings):
+    """create(), with the task's initial parameters where it names some; every process places the
+    parts that its devices hold."""
+    if task.initial is None:
+        return create
+
+    def start():
+        params = sharding.placed(task.initial(), shardings.params)
+        return create().replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+
+    return start
 
 
 def make_step(config, task: Task, tx, mesh, shardings):

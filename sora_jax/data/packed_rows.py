@@ -12,7 +12,10 @@ NUM_FACTS = 5  # F: frames, height, width (pixels), fps, latent tokens (dropped 
 
 @dataclasses.dataclass(frozen=True)
 class PackedClip:
-    """One clip of a row: its latents, its caption (None: dropped) and its facts."""
+    """One clip of a row: its latents, its caption (None: dropped) and its facts.
+
+    text_MD: what a frozen encoder makes of the caption, in batches that carry embeddings.
+    """
 
     latents_THWC: np.ndarray
     caption: str | None
@@ -21,6 +24,7 @@ class PackedClip:
     width: int
     fps: float
     kept: np.ndarray | None = None  # indices of its tokens that are there; None: all
+    text_MD: np.ndarray | None = None
 
 
 def num_tokens(shape_THW, patch) -> np.ndarray:
@@ -58,14 +62,20 @@ def positions(grid_THW) -> np.ndarray:
     return np.indices(tuple(grid_THW), np.int32).reshape(3, -1).T
 
 
-def empty_rows(num_rows: int, config, patch, channels: int) -> dict[str, np.ndarray]:
-    """A batch of padding: every field of the packed batch, all zero."""
+def empty_rows(num_rows: int, config, patch, channels: int,
+               text_width: int = 0) -> dict[str, np.ndarray]:
+    """A batch of padding: every field of the packed batch, all zero.
+
+    text_width: of the embeddings of a frozen encoder; 0: text is byte ids.
+    """
     B, N, M, S = num_rows, config.row_tokens, config.row_text, config.max_clips
+    text = {"text_embedding_BMD": np.zeros((B, M, text_width), np.float32)} if text_width else {
+        "text_BM": np.zeros((B, M), np.int32)}
     return {
         "tokens_BND": np.zeros((B, N, int(np.prod(patch)) * channels), np.float32),
         "segment_BN": np.zeros((B, N), np.int32),
         "position_BN3": np.zeros((B, N, 3), np.int32),
-        "text_BM": np.zeros((B, M), np.int32),
+        **text,
         "text_segment_BM": np.zeros((B, M), np.int32),
         "clip_BSF": np.zeros((B, S, NUM_FACTS), np.float32),
         "extent_BS3": np.zeros((B, S, 3), np.int32),
@@ -79,14 +89,15 @@ def pack_row(batch: dict, row: int, clips: list[PackedClip | None], config, patc
     are left as padding at the end of the row.
     """
     n = m = 0
+    embedded = "text_embedding_BMD" in batch
     for segment, clip in enumerate(clips, 1):
         if clip is None:
             continue
         tokens_ND = patchify(clip.latents_THWC, patch)
         kept = slice(None) if clip.kept is None else clip.kept
         num_all, tokens_ND = len(tokens_ND), tokens_ND[kept]
-        ids = encode_bytes(clip.caption, config.caption_limit)
-        video, text = slice(n, n + len(tokens_ND)), slice(m, m + len(ids))
+        words = clip.text_MD if embedded else encode_bytes(clip.caption, config.caption_limit)
+        video, text = slice(n, n + len(tokens_ND)), slice(m, m + len(words))
         n, m = video.stop, text.stop
         assert n <= config.row_tokens and m <= config.row_text, (n, m, "row is over its capacity")
         batch["tokens_BND"][row, video] = tokens_ND
@@ -94,7 +105,7 @@ def pack_row(batch: dict, row: int, clips: list[PackedClip | None], config, patc
         grid = [size // p for size, p in zip(clip.latents_THWC.shape, patch, strict=False)]
         batch["position_BN3"][row, video] = positions(grid)[kept]
         batch["extent_BS3"][row, segment - 1] = grid
-        batch["text_BM"][row, text] = ids
+        batch["text_embedding_BMD" if embedded else "text_BM"][row, text] = words
         batch["text_segment_BM"][row, text] = segment
         batch["clip_BSF"][row, segment - 1] = (
             clip.frames, clip.height, clip.width, clip.fps, num_all

@@ -68,12 +68,15 @@ class ClipLengths:
     tokens_C int: video tokens. caption_tokens_K int: text tokens with BOS, uncut.
     caption_start_C1 int (C+1): captions of clip c are [start[c], start[c+1]); a clip may have none.
     grid_C3 int: size of each clip in patches (t, h, w); only dropping tokens asks for it.
+    empty_tokens: text tokens of a dropped caption. can_cut: captions may be cut to caption_limit.
     """
 
     tokens_C: np.ndarray
     caption_tokens_K: np.ndarray
     caption_start_C1: np.ndarray
     grid_C3: np.ndarray | None = None
+    empty_tokens: int = 1
+    can_cut: bool = True
 
     def __len__(self):
         return len(self.tokens_C)
@@ -136,6 +139,11 @@ def check_lengths(lengths: ClipLengths, config: PackingConfig) -> int:
     if int(np.min(lengths.tokens_C)) < 1:
         raise UserError(f"clip {int(np.argmin(lengths.tokens_C))} has no tokens")
     num_cut = int(np.sum(lengths.caption_tokens_K > config.caption_limit))
+    most = max(lengths.empty_tokens, int(np.max(lengths.caption_tokens_K, initial=1)))
+    if not lengths.can_cut and most > config.row_text:
+        raise UserError(
+            f"a caption has {most} text tokens (with padding) and a row holds packing.row_text = "
+            f"{config.row_text}; raise it to {most} at least")
     if num_cut:
         logging.warning(
             "%d of %d captions are longer than %d tokens and are cut",
@@ -259,8 +267,9 @@ def _text_tokens(lengths, config, clips_O, captions_O):
         flat_O = lengths.caption_start_C1[clips_O] + np.maximum(captions_O, 0)
         text_O = lengths.caption_tokens_K[np.minimum(flat_O, len(lengths.caption_tokens_K) - 1)]
     else:
-        text_O = np.ones(len(clips_O), np.int64)
-    return np.where(captions_O < 0, 1, np.minimum(text_O, config.caption_limit)).astype(np.int64)
+        text_O = np.full(len(clips_O), lengths.empty_tokens, np.int64)
+    return np.where(captions_O < 0, lengths.empty_tokens,
+                    np.minimum(text_O, config.caption_limit)).astype(np.int64)
 
 
 def _fill(source: _Block, num_rows, row_O, drawn: _Drawn):

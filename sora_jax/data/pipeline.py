@@ -18,6 +18,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import nearest_multiples
 from sora_jax.data import packed_rows, packing, token_drop
 from sora_jax.data.latent_cache import LatentCache
+from sora_jax.data.text_cache import TextCache
 
 ENDLESS_STEPS = 2**31 - 1
 
@@ -83,14 +84,14 @@ class PackedBatches:
 
     def __init__(self, cache: LatentCache, config: packing.PackingConfig, patch, seed: int,
                  num_steps: int, process_index: int, process_count: int, max_unreadable: int,
-                 num_threads: int, num_prefetch: int):
+                 num_threads: int, num_prefetch: int, text: TextCache | None):
         if config.rows % process_count:
             raise UserError(
                 f"packing.rows = {config.rows} must be a multiple of the {process_count} "
                 f"processes; near are {_near(config.rows, process_count)}"
             )
         self.config, self.patch = config, tuple(patch)
-        self._cache, self._seed, self._num_steps = cache, seed, num_steps
+        self._cache, self._seed, self._num_steps, self._text = cache, seed, num_steps, text
         per_process = config.rows // process_count
         self._rows = range(per_process * process_index, per_process * (process_index + 1))
         self._threads, self._prefetch = num_threads, num_prefetch
@@ -99,9 +100,12 @@ class PackedBatches:
         )
         self.lengths = packing.ClipLengths(
             tokens_C=packed_rows.num_tokens(cache.shape_C3, self.patch).astype(np.int64),
-            caption_tokens_K=1 + cache.caption_bytes_K.astype(np.int64),
+            caption_tokens_K=1 + cache.caption_bytes_K.astype(np.int64) if text is None
+            else text.num_tokens(cache.caption_digest_K16),
             caption_start_C1=cache.caption_start_C1,
             grid_C3=np.asarray(cache.shape_C3, np.int64) // np.asarray(self.patch),
+            empty_tokens=1 if text is None else text.empty_tokens,
+            can_cut=text is None,
         )
         self.num_cut_captions = packing.check_lengths(self.lengths, config)
         self.steps_per_block = packing.plan_steps(self.lengths, config, seed)
@@ -141,7 +145,8 @@ class PackedBatches:
         """This process's rows of the batch of `step`. Unreadable records are holes."""
         rows = self.rows(step)
         batch = packed_rows.empty_rows(
-            len(self._rows), self.config, self.patch, self._cache.channels
+            len(self._rows), self.config, self.patch, self._cache.channels,
+            0 if self._text is None else self._text.width,
         )
         for local, r in enumerate(self._rows):
             clips = [self._read(*of_clip, step // self.steps_per_block)
@@ -160,6 +165,8 @@ class PackedBatches:
     def _read(self, clip, caption, visit, dropped, block) -> packed_rows.PackedClip | None:
         try:
             record = self._cache[int(clip)]
+            text_MD = None if self._text is None else self._text.embedding(
+                "" if caption < 0 else record.captions[caption])
         except Exception as error:  # whatever it is, it must not be raised inside Grain's map
             self._budget.count(str(self._cache.ids[clip]), error)
             return None
@@ -170,6 +177,7 @@ class PackedBatches:
             kept=None if self.config.token_drop is None else token_drop.kept_tokens(
                 self.config.token_drop, self._seed, block, int(visit), int(clip), float(dropped),
                 self.lengths.grid_C3[clip]),
+            text_MD=text_MD,
         )
 
     def _what_binds(self) -> str:
@@ -195,13 +203,15 @@ def packed_batches(
     max_unreadable: int = 10,
     num_threads: int = 2,
     num_prefetch: int = 4,
+    text: TextCache | None = None,
 ) -> PackedBatches:
-    """Packed batches of `cache`; `patch` is (pt, ph, pw) in latents.
+    """Packed batches of `cache`; `patch` is (pt, ph, pw) in latents. text: embeddings of its
+    captions, which the batches then carry in the place of byte ids.
 
     Raises UserError on an empty cache, a clip longer than a row, or sizes that do not divide.
     """
     return PackedBatches(cache, config, patch, seed, num_steps, process_index, process_count,
-                         max_unreadable, num_threads, num_prefetch)
+                         max_unreadable, num_threads, num_prefetch, text)
 
 
 def _near(rows: int, count: int) -> str:

@@ -16,6 +16,8 @@ from sora_jax.run_config import RunConfig
 from sora_jax.tasks import diffusion, latents
 from sora_jax.tasks.datasets import open_dataset
 from sora_jax.tasks.perceptual import clip_features
+from sora_jax.tasks.sampling import data_std
+from sora_jax.tasks.text_embeddings import embedder, open_text
 from sora_jax.weights.vae_files import FrozenVAE, load_vae
 
 CLIPS_FILE = "vae_clips.json"
@@ -43,17 +45,19 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
     vae = load_vae(config.latents.vae)
     model = diffusion.make_model(config, vae)
     held_out = latents.open_latents(config, workdir, vae, "held_out")
+    text = open_text(config, workdir, held_out, "held_out")
     results = {}
     if config.evaluation.num_loss_clips:
         results["validation_loss"] = validation_loss(
-            config, model, vae.channel_std, params, held_out
+            config, model, data_std(config.diffusion, vae), params, held_out, text
         )
     if config.evaluation.num_prompts and config.data.dataset == "moving_shapes":
         requests = diffusion.held_out_requests(
             held_out, config.evaluation.num_prompts, config.evaluation.seed
         )
         prompts = [request.prompt for request in requests]
-        clips = diffusion.make_sampler(config, model, vae)(params, requests)
+        sampler = diffusion.make_sampler(config, model, vae, embed=embedder(config, text))
+        clips = sampler(params, requests)
         results.update(prompt_match(clips, prompts))
         true_clips = diffusion.moving_clips(held_out, config.evaluation.num_prompts)
         again = latents.decode(vae, [clip.latents_THWC.astype("float32") for clip in true_clips])
@@ -61,10 +65,11 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
     return {**results, **vae_reconstruction(config, vae, workdir)}
 
 
-def validation_loss(config: RunConfig, model, data_std, params, held_out) -> float:
+def validation_loss(config: RunConfig, model, data_std, params, held_out, text=None) -> float:
     """Velocity error on the first held-out clips at fixed times and fixed noise, by tokens."""
     packing = dataclasses.replace(config.packing, caption_drop=0.0, token_drop=None)
-    loader = pipeline.packed_batches(held_out, packing, config.model.patch, seed=0, num_threads=0)
+    loader = pipeline.packed_batches(held_out, packing, config.model.patch, seed=0, num_threads=0,
+                                     text=text)
     error_fn = jax.jit(diffusion.clip_errors, static_argnums=(0, 1))
     total = weight = clips = step = 0.0
     while clips < config.evaluation.num_loss_clips:

@@ -11,8 +11,8 @@ from sora_jax.models.transformer_config import CHOICES, TransformerConfig
 class ModelConfig:
     """Options of `TransformerConfig` under the names they have there, but for these.
 
-    mlp_ratio: width of the MLP over `width`. text: the byte encoder. text_attention: how blocks
-    read its words, `TransformerConfig.text`.
+    mlp_ratio: width of the MLP over `width`, where mlp_width is 0. text: the byte encoder.
+    text_attention: how blocks read its words, `TransformerConfig.text`.
     """
 
     patch: tuple[int, int, int]
@@ -30,6 +30,7 @@ class ModelConfig:
     text: TextBytesConfig
     # The defaults below are those of configs/base.py; they stand here too so that workdirs written
     # before these fields can still be read.
+    mlp_width: int = 0
     local_width: int = 0
     text_attention: str = "cross"
     text_proj: str = "none"
@@ -58,10 +59,13 @@ class ModelConfig:
                             f"{', '.join(CHOICES['text'])}")
         self.network(1)  # raises on what does not fit together
 
-    def network(self, channels: int) -> TransformerConfig:
-        """The network for latents of `channels`."""
+    def network(self, channels: int, frozen_text_width: int = 0) -> TransformerConfig:
+        """The network for latents of `channels`; it reads embeddings of frozen_text_width, or
+        where that is 0 its own byte encoder."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         ratio, text = options.pop("mlp_ratio"), options.pop("text")
         return TransformerConfig(
-            in_channels=channels, out_channels=channels, mlp_width=int(self.width * ratio),
-            text=options.pop("text_attention"), text_bytes=text, text_width=text.width, **options)
+            in_channels=channels, out_channels=channels,
+            mlp_width=options.pop("mlp_width") or int(self.width * ratio),
+            text=options.pop("text_attention"), text_bytes=None if frozen_text_width else text,
+            text_width=frozen_text_width or text.width, **options)

@@ -17,9 +17,11 @@ from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
+from sora_jax.tasks.initial_weights import initial
 from sora_jax.tasks.latents import open_latents
-from sora_jax.tasks.sampling import Request, Sampler, clip_shift, velocity
+from sora_jax.tasks.sampling import Embed, Request, Sampler, clip_shift, data_std, velocity
 from sora_jax.tasks.task import Task
+from sora_jax.tasks.text_embeddings import embedder, open_text
 from sora_jax.weights.vae_files import FrozenVAE, load_vae
 
 
@@ -27,17 +29,23 @@ def build(config: RunConfig, workdir: str) -> Task:
     """The task of a run; opens (or builds) the latent caches."""
     vae = load_vae(config.latents.vae)
     model = make_model(config, vae)
+    begin_with = initial(config, model.config, workdir)
     train, held_out = (open_latents(config, workdir, vae, split) for split in ("train", "held_out"))
+    train_text, held_out_text = (
+        open_text(config, workdir, cache, split)
+        for cache, split in ((train, "train"), (held_out, "held_out")))
     loader = pipeline.packed_batches(
         train, config.packing, config.model.patch, config.seed, config.num_steps,
-        jax.process_index(), jax.process_count(),
+        jax.process_index(), jax.process_count(), text=train_text,
     )
+    sampler = make_sampler(config, model, vae, embed=embedder(config, held_out_text))
     return Task(
         name="diffusion",
         init=functools.partial(init, config, model),
-        loss=functools.partial(loss, config, model, vae.channel_std),
+        loss=functools.partial(loss, config, model, data_std(config.diffusion, vae)),
         batches=loader.iterate,
-        sample=functools.partial(write_samples, config, make_sampler(config, model, vae), held_out),
+        sample=functools.partial(write_samples, config, sampler, held_out),
+        initial=begin_with,
     )
 
 
@@ -48,18 +56,23 @@ def outline(config: RunConfig) -> tuple[Task, dict]:
     task = Task(
         name="diffusion",
         init=functools.partial(init, config, model),
-        loss=functools.partial(loss, config, model, vae.channel_std),
+        loss=functools.partial(loss, config, model, data_std(config.diffusion, vae)),
     )
     return task, example_batch(config, model)
 
 
 def make_model(config: RunConfig, vae: FrozenVAE) -> Transformer:
-    """The network for latents of this VAE."""
-    return Transformer(config.model.network(vae.config.z_dim))
+    """The network for latents of this VAE, and for embeddings of a frozen text encoder if any."""
+    encoder = config.text_encoder
+    return Transformer(
+        config.model.network(vae.config.z_dim, encoder.width if encoder.weights else 0))
 
 
-def make_sampler(config: RunConfig, model: Transformer, vae: FrozenVAE, **changes) -> Sampler:
+def make_sampler(config: RunConfig, model: Transformer, vae: FrozenVAE, embed: Embed | None = None,
+                 **changes) -> Sampler:
     """A sampler with the settings of config.sampling; `changes` replace fields of it.
+
+    embed: for a model that reads embeddings; None loads the encoder when it is first asked.
 
     Raises UserError on a value no sampler can use.
     """
@@ -67,6 +80,7 @@ def make_sampler(config: RunConfig, model: Transformer, vae: FrozenVAE, **change
     return Sampler(
         model, vae, config.diffusion, dataclasses.replace(config.packing, **packing),
         dataclasses.replace(config.sampling, **changes),
+        embed or embedder(config, None),
     )
 
 
@@ -80,7 +94,8 @@ def init(config: RunConfig, model: Transformer, key):
 def example_batch(config: RunConfig, model: Transformer) -> dict:
     """A batch of padding with the shapes of training."""
     return pipeline.packed_rows.empty_rows(
-        config.packing.rows, config.packing, config.model.patch, model.config.in_channels
+        config.packing.rows, config.packing, config.model.patch, model.config.in_channels,
+        config.text_encoder.width if config.text_encoder.weights else 0,
     )
 
 
@@ -108,7 +123,7 @@ def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, k
 def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, noise_key):
     """(error_BS, tokens_BS): mean squared velocity error and number of tokens of every clip.
 
-    data_std: of every channel of the latents, a tuple (C,).
+    data_std: see `sampling.velocity`.
     """
     tokens_BND = batch["tokens_BND"]
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])

@@ -1,10 +1,11 @@
-"""--mode=encode: the latent caches of a run, built without training."""
+"""--mode=encode: the caches of a run (latents, and text of a frozen encoder), without training."""
 
 import dataclasses
 
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import latents
 from sora_jax.tasks.datasets import SPLITS
+from sora_jax.tasks.text_embeddings import open_text
 from sora_jax.weights.vae_files import load_vae
 
 
@@ -17,3 +18,6 @@ def encode(config: RunConfig, workdir: str) -> None:
     for split in SPLITS:
         cache = latents.open_latents(config, workdir, vae, split)
         print(f"{split}: {len(cache)} clips in {cache.directory}")
+        text = open_text(config, workdir, cache, split)
+        if text is not None:
+            print(f"{split}: {len(text)} captions in {text.directory}")

@@ -2,21 +2,26 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sora_jax.core.errors import UserError
 from sora_jax.core.rng import numpy_stream, stream
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.data.packed_rows import PackedClip, empty_rows, num_tokens, pack_row, unpack_row
 from sora_jax.data.packing import PackingConfig
+from sora_jax.data.tokenizers import byte_length
 from sora_jax.diffusion import grids, guidance, process, samplers, solvers, times
 from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import DiffusionConfig, SamplingConfig
 from sora_jax.tasks.latents import decode
 from sora_jax.weights.vae_files import FrozenVAE
+
+Embed = Callable[[list[str]], list[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Sampler:
     """The model with its VAE and the settings of the walk from noise to data.
 
     guidance 1 asks the network once a row of the sampler's table, any other value twice while a
-    clip's time is in the guidance interval.
+    clip's time is in the guidance interval. embed: text_MD of every prompt by the frozen encoder
+    whose embeddings the model reads; None where it reads bytes.
     """
 
     model: Transformer
@@ -42,6 +48,7 @@ class Sampler:
     diffusion: DiffusionConfig
     packing: PackingConfig
     settings: SamplingConfig
+    embed: Embed | None = None
 
     def __call__(self, params, requests: list[Request]) -> list[np.ndarray]:
         """pixels_THWC uint8 of every request, in order.
@@ -62,33 +69,50 @@ class Sampler:
             packing, row_tokens=max(packing.row_tokens, int(lengths.max()))
         )
         negative = self.settings.negative_prompt or None
-        captions = [max(clip.caption, negative or "", key=text_length) for clip in clips]
-        rows = first_fit(lengths, captions, packing)
+        clips, blanks = self._with_text(clips, negative)
+        text = [max(text_tokens(mine, packing) for mine in both)
+                for both in zip(clips, blanks, strict=True)]
+        if max(text) > packing.row_text:
+            raise UserError(f"a prompt has {max(text)} text tokens and a row holds "
+                            f"packing.row_text = {packing.row_text}; shorten it")
+        rows = first_fit(lengths, text, packing)
         latents = [None] * len(requests)
         for first in range(0, len(rows), packing.rows):
             part = rows[first : first + packing.rows]
-            batch = empty_rows(packing.rows, packing, patch, self.vae.config.z_dim)
-            blank = empty_rows(packing.rows, packing, patch, self.vae.config.z_dim)
+            batch, blank = (empty_rows(packing.rows, packing, patch, self.vae.config.z_dim,
+                                       self._text_width) for _ in range(2))
             seed_BS = np.zeros(batch["clip_BSF"].shape[:2], np.uint32)
             for row, members in enumerate(part):
-                mine = [clips[i] for i in members]
-                pack_row(batch, row, mine, packing, patch)
-                pack_row(blank, row, [dataclasses.replace(c, caption=negative) for c in mine],
-                         packing, patch)
+                pack_row(batch, row, [clips[i] for i in members], packing, patch)
+                pack_row(blank, row, [blanks[i] for i in members], packing, patch)
                 seed_BS[row, : len(members)] = [requests[i].seed % 2**32 for i in members]
-            text = {name: blank[name] for name in ("text_BM", "text_segment_BM")}
+            text = {name: x for name, x in blank.items() if name.startswith("text_")}
             batch["tokens_BND"] = np.asarray(self._walk(params, batch, text, seed_BS))
             for row, members in enumerate(part):
                 for segment, i in enumerate(members, 1):
                     latents[i] = unpack_row(batch, row, segment, patch)
         return latents
 
+    @property
+    def _text_width(self):
+        return 0 if self.embed is None else self.model.config.text_width
+
+    def _with_text(self, clips, negative):
+        """The clips, and the same with the negative prompt (None: no caption)."""
+        blanks = [dataclasses.replace(clip, caption=negative) for clip in clips]
+        if self.embed is None:
+            return clips, blanks
+        *texts, blank_MD = self.embed([*(clip.caption for clip in clips), negative or ""])
+        return ([dataclasses.replace(clip, text_MD=text_MD)
+                 for clip, text_MD in zip(clips, texts, strict=True)],
+                [dataclasses.replace(clip, text_MD=blank_MD) for clip in blanks])
+
     def _walk(self, params, batch, blank, seed_BS):
         """Denoised tokens_BND of packed rows whose tokens are noise."""
         settings = self.settings
         table = clip_table(batch, settings, self.diffusion)
         return _sample(
-            self.model, self.vae.channel_std, settings.guidance != 1.0,
+            self.model, data_std(self.diffusion, self.vae), settings.guidance != 1.0,
             samplers.is_stochastic(table), params, batch, blank, seed_BS, samplers.pad(table),
             np.float32(settings.guidance), np.asarray(settings.guidance_interval, np.float32),
             np.float32(settings.guidance_rescale),
@@ -101,11 +125,11 @@ class Sampler:
         return PackedClip(noise, request.prompt, spec.frames, spec.height, spec.width, request.fps)
 
 
-def first_fit(lengths, captions, packing: PackingConfig) -> list[list[int]]:
+def first_fit(lengths, text_tokens, packing: PackingConfig) -> list[list[int]]:
     """Clips of every row: longest first, each into the first row that holds it."""
     rows, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i)):
-        text = min(1 + text_length(captions[i]), packing.caption_limit)
+        text = text_tokens[i]
         for row, (tokens, words, clips) in enumerate(room):
             if tokens >= lengths[i] and words >= text and clips:
                 break
@@ -119,9 +143,16 @@ def first_fit(lengths, captions, packing: PackingConfig) -> list[list[int]]:
     return rows
 
 
-def text_length(text: str) -> int:
-    """Bytes of a caption."""
-    return len(text.encode())
+def text_tokens(clip: PackedClip, packing: PackingConfig) -> int:
+    """Text tokens that a clip takes in a row."""
+    if clip.text_MD is not None:
+        return len(clip.text_MD)
+    return min(byte_length(clip.caption or ""), packing.caption_limit)
+
+
+def data_std(diffusion: DiffusionConfig, vae: FrozenVAE) -> tuple[float, ...] | None:
+    """What `velocity` asks for: the spread of every channel, None without preconditioning."""
+    return vae.channel_std if diffusion.precondition else None
 
 
 def clip_table(batch: dict, settings: SamplingConfig, diffusion: DiffusionConfig):
@@ -135,6 +166,8 @@ def clip_table(batch: dict, settings: SamplingConfig, diffusion: DiffusionConfig
 
 def clip_shift(batch: dict, diffusion: DiffusionConfig):
     """Shift (B, S) of the times of every clip, from its number of tokens."""
+    if not diffusion.shift_by_size:
+        return jnp.full(batch["clip_BSF"].shape[:2], diffusion.base_shift)
     return times.size_shift(
         batch["clip_BSF"][..., 4], diffusion.base_tokens, diffusion.base_shift
     )
@@ -143,8 +176,11 @@ def clip_shift(batch: dict, diffusion: DiffusionConfig):
 def velocity(model: Transformer, data_std, params, batch: dict, noised_BND, time_BS):
     """The model's velocity (B, N, D) of noised tokens, each clip at its own time.
 
-    data_std: of every channel of the latents, a tuple (C,); a token holds C last.
+    data_std: of every channel of the latents, a tuple (C,); a token holds C last. None: the network
+    reads noised tokens and gives the velocity itself.
     """
+    if data_std is None:
+        return model.apply({"params": params}, {**batch, "tokens_BND": noised_BND}, time_BS)
     padding_BN1 = (batch["segment_BN"] == 0)[..., None]
     time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"]) + padding_BN1
     data_std_D = jnp.tile(jnp.asarray(data_std), model.config.in_width // len(data_std))

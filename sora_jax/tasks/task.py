@@ -21,6 +21,7 @@ class Task:
     `batches(start_step)` yields the process's part of batch start_step, start_step + 1, ...: a pure
     function of the step. `sample` and `finish` (once, after the last step) write files into a
     workdir and return their paths. `optimizer`: None takes that of config.optim for everything.
+    `initial()` gives parameters to begin a fresh run with, as nested dicts of numpy arrays.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Task:
     sample: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
     finish: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
     optimizer: optax.GradientTransformation | None = None
+    initial: Callable[[], dict] | None = None

@@ -2,12 +2,19 @@
 
     python -m sora_jax.weights import FOLDER_OR_FILE TARGET [--family=NAME] [--config=CONFIG.json]
     python -m sora_jax.weights export NATIVE_FOLDER_OR_FILE TARGET [--family=NAME]
+    python -m sora_jax.weights export WORKDIR TARGET
+
+The last writes the averaged weights of the newest checkpoint of a run that began with published
+weights, as those were published.
 """
+
+import pathlib
 
 from absl import flags
 
 from sora_jax import runtime
 from sora_jax.core.errors import UserError
+from sora_jax.tasks import initial_weights
 from sora_jax.weights import published
 
 _FAMILY = flags.DEFINE_string("family", None, "The family of weights; default: recognised.")
@@ -27,7 +34,10 @@ def main(argv):
         print(f"{family.name}: {len(flat)} parameters with {count:,} values, none left over")
         print(f"wrote {path} and its card")
         return
-    for path in published.export_weights(source, target, _FAMILY.value):
+    export = published.export_weights
+    if (pathlib.Path(source).expanduser() / "checkpoints").is_dir():
+        export = initial_weights.export_trained
+    for path in export(source, target, _FAMILY.value):
         print(f"wrote {path}")
 
 

@@ -5,6 +5,7 @@ config.json, and every file's metadata and tensors (name and dtype).
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -19,6 +20,7 @@ from sora_jax.weights.rules import check_names, export_tensors, import_tensors
 from sora_jax.weights.tensor_files import DTYPES, dtype_name, open_tensors, write_tensors
 
 INDEX = ".safetensors.index.json"
+READ_BYTES = 2**24
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
 
 
@@ -120,22 +122,60 @@ def import_weights(source, target, family_name=None, config_path=None) -> tuple[
 
     Values keep their dtype. Raises UserError as `open_published` and `convert` do.
     """
-    family = registry.by_name(family_name) if family_name else None
-    weights = open_published(source, config_path)
-    family, config, flat, entries = convert(weights, family)
+    family, _, flat, card = as_native(source, family_name, config_path)
     path = pathlib.Path(target).expanduser()
     path = path if path.suffix == ".safetensors" else path / family.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    sha256 = write_tensors(path, flat, {"format": family.format})
-    card = {
+    card["sha256"] = write_tensors(path, flat, {"format": family.format})
+    write_whole(path.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
+    return family, str(path), flat
+
+
+def as_native(source, family_name=None, config_path=None) -> tuple[Family, object, dict, dict]:
+    """(family, native config, flat parameters, card) of published weights. The card's sha256 is
+    that of the published files, in the order of their names.
+
+    Raises UserError as `open_published` and `convert` do.
+    """
+    family = registry.by_name(family_name) if family_name else None
+    weights = open_published(source, config_path)
+    family, config, flat, entries = convert(weights, family)
+    folder = pathlib.Path(source).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+    return family, config, flat, {
         "format": family.format,
-        "sha256": sha256,
+        "sha256": files_digest([folder / name for name in sorted(weights.files)]),
         "config": dataclasses.asdict(config),
         **entries,
         "published": {"family": family.name, "config": weights.config, "files": weights.files},
     }
-    write_whole(path.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
-    return family, str(path), flat
+
+
+def files_digest(paths) -> str:
+    """sha256 of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(READ_BYTES):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def open_native(source) -> tuple[pathlib.Path, Family | None, object, dict, dict]:
+    """(file, family, native config, flat parameters, card) of a native file or the folder of one;
+    the family is None, and the config too, where the weights were not imported.
+
+    Raises UserError where the file or its card is missing, or they are no pair.
+    """
+    path, card = _native(pathlib.Path(source).expanduser())
+    name = (card.get("published") or {}).get("family")
+    if not name:
+        return path, None, None, _values(path), card
+    family = registry.by_name(name)
+    config = family.from_card(card, str(path.with_suffix(".json")))
+    flat = _values(path)
+    check_names({name: x.shape for name, x in flat.items()}, family.shapes(config), str(path))
+    return path, family, config, flat, card
 
 
 def export_weights(source, target, family_name=None) -> list[str]:
@@ -147,17 +187,22 @@ def export_weights(source, target, family_name=None) -> list[str]:
     were trained here, need a family and are written as float32.
     """
     path, card = _native(pathlib.Path(source).expanduser())
+    return export_values(_values(path), card, path, target, family_name)
+
+
+def export_values(flat: dict, card: dict, path, target, family_name=None) -> list[str]:
+    """Writes flat native parameters with this card as they are published; see `export_weights`.
+    path: where they are from, for messages."""
     published = card.get("published") or {}
     family_name = family_name or published.get("family")
     if not family_name:
         raise UserError(f"{path} was not imported; say as what it is written with --family "
                         f"({', '.join(registry.families())})")
     family = registry.by_name(family_name)
-    config = family.from_card(card, str(path.with_suffix(".json")))
+    config = family.from_card(card, f"the card of {path}")
     if published.get("family") != family.name:
         published = _as_new(family, config, card, path)
     names = {name for file in published["files"].values() for name in file["tensors"]}
-    flat = _values(path)
     check_names({name: x.shape for name, x in flat.items()}, family.shapes(config), str(path))
     tensors = export_tensors(family.rules(config, names), flat)
     return _write(pathlib.Path(target).expanduser(), published, tensors)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from sora_jax.core.errors import UserError
-from sora_jax.data import latent_cache
-from sora_jax.data.latent_cache import CacheKey, CacheWriter, CorruptRecord, open_cache
+from sora_jax.data import sharded_records
+from sora_jax.data.latent_cache import CacheKey, CacheWriter, open_cache
+from sora_jax.data.sharded_records import CorruptRecord
 
 KEY = CacheKey("dataset-1", "vae-1", "17 frames", "bytes")
 CAPTIONS = [("a red circle", "ein roter Kreis, größer"), (), ("x",)]
@@ -79,13 +80,13 @@ def test_a_truncated_or_missing_shard_is_found_when_opening(directory):
 
 
 def test_a_damaged_index_or_manifest_is_found_when_opening(directory):
-    index = directory / latent_cache.INDEX
+    index = directory / sharded_records.INDEX
     data = bytearray(index.read_bytes())
     data[len(data) // 2] ^= 1
     index.write_bytes(data)
     with pytest.raises(UserError, match="index.npz"):
         open_cache(directory)
-    manifest = directory / latent_cache.MANIFEST
+    manifest = directory / sharded_records.MANIFEST
     for text in ("{", "[]", json.dumps({"format": 99}), ""):
         manifest.write_text(text)
         with pytest.raises(UserError, match="no complete latent cache"):
@@ -170,7 +171,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path, monkeypatc
         def close(self):
             self.write(b"")
 
-    monkeypatch.setattr(latent_cache.array_record_module, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(sharded_records.array_record_module, "ArrayRecordWriter", Full)
     with pytest.raises(UserError, match="no space left for .*cache.incomplete"):
         write(tmp_path / "cache")
     assert not list(tmp_path.iterdir())
