@@ -20,7 +20,7 @@ from sora_jax.models.patchify import clips_as_rows
 from sora_jax.models.transformer import Transformer
 from sora_jax.tasks import diffusion, initial_weights, latents, text_embeddings
 from sora_jax.tasks.initial_weights import export_trained, load_initial, open_initial
-from sora_jax.tasks.sampling import Request, velocity
+from sora_jax.tasks.sampling import Request, clip_shift, velocity
 from sora_jax.weights import published
 from sora_jax.weights.tensor_files import open_tensors, write_tensors
 from sora_jax.weights.vae_files import load_vae
@@ -99,6 +99,7 @@ def test_the_first_prediction_is_that_of_the_imported_network(run, parts, wan, t
     batch, rows = loader.batch(0), loader.rows(0)
     time_BS = np.random.default_rng(0).random(batch["clip_BSF"].shape[:2]).astype(np.float32)
     std = diffusion.data_std(config.diffusion, vae)
+    assert np.all(np.asarray(clip_shift(batch, config.diffusion)) == 3.0), "the same for every size"
     with jax.default_matmul_precision("highest"):
         ours_BND = np.asarray(jax.jit(lambda *x: velocity(model, std, params, *x))(
             batch, batch["tokens_BND"], time_BS))
