@@ -93,13 +93,13 @@ def get_config(arg: str = "") -> ConfigDict:
         "patch": (1, 2, 2),  # latents per token: time, height, width
         "width": 192,
         "num_layers": 6,
-        "num_heads": 3,
+        "num_heads": 2,
         "mlp_ratio": 4.0,
         "mlp_width": 0,  # 0 = mlp_ratio times width
         "rope_theta": 100.0,
         "num_position_frequencies": 4,
         "frequency_width": 128,
-        "local_width": 0,  # channels in which the 26 patches around a token speak to it
+        "local_width": 24,  # channels in which the 26 patches around a token speak to it
         "modulation": "linear",  # linear (adaLN-zero) | table (one map, shared) | none (in context)
         "gates": True,  # modulation also scales what a block adds
         "time_width": 0,  # of the condition; 0 = width
@@ -204,7 +204,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim = ConfigDict({
         "optimizer": "muon",  # adamw | muon
         "learning_rate": 2.5e-3,
-        "muon_scale": 1.0,  # Muon's rate over that of AdamW's part
+        "muon_scale": 2.4,  # Muon's rate over that of AdamW's part
         "warmup_steps": 50,
         "decay": "cosine",
         "final_lr_fraction": 0.02,
