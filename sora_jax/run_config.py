@@ -10,6 +10,7 @@ from sora_jax import workdir as workdir_files
 from sora_jax.checkpoint import CheckpointConfig
 from sora_jax.core.config import from_mapping
 from sora_jax.core.errors import UserError
+from sora_jax.data.conditioning import ConditioningConfig
 from sora_jax.data.moving_shapes.world import ShapesSpec
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pixel_batches import PixelConfig
@@ -202,6 +203,7 @@ class RunConfig:
     sampling: SamplingConfig
     evaluation: EvaluationConfig
     features: DistortionNetConfig = DistortionNetConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
 
 
 def resolve(mapping) -> RunConfig:
@@ -219,6 +221,10 @@ def resolve(mapping) -> RunConfig:
             f"packing.token_drop leaves gaps between tokens, and model.local_width = "
             f"{config.model.local_width} reads neighbours by their place in the row; set one of "
             "them to None or 0")
+    if config.conditioning.is_used and config.model.modulation == "none":
+        raise UserError(
+            "config.conditioning gives tokens times of their own, which model.modulation = 'none' "
+            "cannot tell them; set it to 'linear' or 'table', or all shares to 0")
     return config
 
 

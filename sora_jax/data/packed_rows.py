@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from sora_jax.core.errors import UserError
+from sora_jax.data.conditioning import ClipCondition
 from sora_jax.data.tokenizers import encode_bytes
 
 NUM_FACTS = 5  # F: frames, height, width (pixels), fps, latent tokens (dropped ones too)
@@ -21,6 +22,7 @@ class PackedClip:
     width: int
     fps: float
     kept: np.ndarray | None = None  # indices of its tokens that are there; None: all
+    condition: ClipCondition | None = None  # of all its tokens; None: its text alone
 
 
 def num_tokens(shape_THW, patch) -> np.ndarray:
@@ -58,9 +60,18 @@ def positions(grid_THW) -> np.ndarray:
     return np.indices(tuple(grid_THW), np.int32).reshape(3, -1).T
 
 
-def empty_rows(num_rows: int, config, patch, channels: int) -> dict[str, np.ndarray]:
-    """A batch of padding: every field of the packed batch, all zero."""
+def empty_rows(num_rows: int, config, patch, channels: int,
+               conditioned: bool = False) -> dict[str, np.ndarray]:
+    """A batch of padding: every field of the packed batch, all zero.
+
+    conditioned: with the fields of clips that are given more than their text.
+    """
     B, N, M, S = num_rows, config.row_tokens, config.row_text, config.max_clips
+    conditions = {
+        "known_BN": np.zeros((B, N), bool),
+        "own_time_BN": np.zeros((B, N), bool),
+        "time_normal_BN": np.zeros((B, N), np.float32),
+    } if conditioned else {}
     return {
         "tokens_BND": np.zeros((B, N, int(np.prod(patch)) * channels), np.float32),
         "segment_BN": np.zeros((B, N), np.int32),
@@ -69,6 +80,7 @@ def empty_rows(num_rows: int, config, patch, channels: int) -> dict[str, np.ndar
         "text_segment_BM": np.zeros((B, M), np.int32),
         "clip_BSF": np.zeros((B, S, NUM_FACTS), np.float32),
         "extent_BS3": np.zeros((B, S, 3), np.int32),
+        **conditions,
     }
 
 
@@ -99,6 +111,11 @@ def pack_row(batch: dict, row: int, clips: list[PackedClip | None], config, patc
         batch["clip_BSF"][row, segment - 1] = (
             clip.frames, clip.height, clip.width, clip.fps, num_all
         )
+        if clip.condition is not None:
+            batch["known_BN"][row, video] = clip.condition.known_N[kept]
+            if clip.condition.normal_N is not None:
+                batch["own_time_BN"][row, video] = True
+                batch["time_normal_BN"][row, video] = clip.condition.normal_N[kept]
 
 
 def unpack_row(batch: dict, row: int, segment: int, patch) -> np.ndarray:

@@ -16,7 +16,8 @@ import numpy as np
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import nearest_multiples
-from sora_jax.data import packed_rows, packing, token_drop
+from sora_jax.data import conditioning, packed_rows, packing, token_drop
+from sora_jax.data.conditioning import ConditioningConfig
 from sora_jax.data.latent_cache import LatentCache
 
 ENDLESS_STEPS = 2**31 - 1
@@ -83,7 +84,7 @@ class PackedBatches:
 
     def __init__(self, cache: LatentCache, config: packing.PackingConfig, patch, seed: int,
                  num_steps: int, process_index: int, process_count: int, max_unreadable: int,
-                 num_threads: int, num_prefetch: int):
+                 num_threads: int, num_prefetch: int, conditions: ConditioningConfig):
         if config.rows % process_count:
             raise UserError(
                 f"packing.rows = {config.rows} must be a multiple of the {process_count} "
@@ -94,6 +95,7 @@ class PackedBatches:
         per_process = config.rows // process_count
         self._rows = range(per_process * process_index, per_process * (process_index + 1))
         self._threads, self._prefetch = num_threads, num_prefetch
+        self._conditions = conditions if conditions.is_used else None
         self._budget = UnreadableBudget(
             min(max_unreadable, len(cache) - 1), f"latent cache {cache.directory}"
         )
@@ -141,7 +143,8 @@ class PackedBatches:
         """This process's rows of the batch of `step`. Unreadable records are holes."""
         rows = self.rows(step)
         batch = packed_rows.empty_rows(
-            len(self._rows), self.config, self.patch, self._cache.channels
+            len(self._rows), self.config, self.patch, self._cache.channels,
+            conditioned=self._conditions is not None,
         )
         for local, r in enumerate(self._rows):
             clips = [self._read(*of_clip, step // self.steps_per_block)
@@ -170,6 +173,9 @@ class PackedBatches:
             kept=None if self.config.token_drop is None else token_drop.kept_tokens(
                 self.config.token_drop, self._seed, block, int(visit), int(clip), float(dropped),
                 self.lengths.grid_C3[clip]),
+            condition=None if self._conditions is None else conditioning.draw(
+                self._conditions, self._seed, block, int(visit), int(clip),
+                self.lengths.grid_C3[clip]),
         )
 
     def _what_binds(self) -> str:
@@ -195,13 +201,16 @@ def packed_batches(
     max_unreadable: int = 10,
     num_threads: int = 2,
     num_prefetch: int = 4,
+    conditions: ConditioningConfig = ConditioningConfig(),
 ) -> PackedBatches:
     """Packed batches of `cache`; `patch` is (pt, ph, pw) in latents.
+
+    conditions: what clips are given beside their text; the plan of rows is the same with any.
 
     Raises UserError on an empty cache, a clip longer than a row, or sizes that do not divide.
     """
     return PackedBatches(cache, config, patch, seed, num_steps, process_index, process_count,
-                         max_unreadable, num_threads, num_prefetch)
+                         max_unreadable, num_threads, num_prefetch, conditions)
 
 
 def _near(rows: int, count: int) -> str:

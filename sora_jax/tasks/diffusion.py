@@ -15,7 +15,7 @@ from sora_jax.data.latent_cache import LatentCache, LatentRecord
 from sora_jax.diffusion import objectives, process, times
 from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
-from sora_jax.run_config import RunConfig
+from sora_jax.run_config import DiffusionConfig, RunConfig
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.latents import open_latents
 from sora_jax.tasks.sampling import Request, Sampler, clip_shift, velocity
@@ -30,7 +30,7 @@ def build(config: RunConfig, workdir: str) -> Task:
     train, held_out = (open_latents(config, workdir, vae, split) for split in ("train", "held_out"))
     loader = pipeline.packed_batches(
         train, config.packing, config.model.patch, config.seed, config.num_steps,
-        jax.process_index(), jax.process_count(),
+        jax.process_index(), jax.process_count(), conditions=config.conditioning,
     )
     return Task(
         name="diffusion",
@@ -80,12 +80,14 @@ def init(config: RunConfig, model: Transformer, key):
 def example_batch(config: RunConfig, model: Transformer) -> dict:
     """A batch of padding with the shapes of training."""
     return pipeline.packed_rows.empty_rows(
-        config.packing.rows, config.packing, config.model.patch, model.config.in_channels
+        config.packing.rows, config.packing, config.model.patch, model.config.in_channels,
+        conditioned=config.conditioning.is_used,
     )
 
 
 def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, key):
-    """Mean squared velocity error, clips weighted by their tokens, and counts for the log."""
+    """Mean squared velocity error, clips weighted by their tokens, and counts for the log. Tokens
+    that are given clean do not count in it."""
     shape_BS = batch["clip_BSF"].shape[:2]
     time_BS = times.shift(
         times.logit_normal(
@@ -93,29 +95,57 @@ def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, k
         ),
         clip_shift(batch, config.diffusion),
     )
+    time_BN = None
+    if "known_BN" in batch:
+        time_BN = token_times(batch, time_BS, config.diffusion)
     error_BS, tokens_BS = clip_errors(
-        model, data_std, params, batch, time_BS, stream(key, "noise")
+        model, data_std, params, batch, time_BS, stream(key, "noise"), time_BN
     )
-    useful = tokens_BS.sum()
-    value = (error_BS * tokens_BS).sum() / jax.numpy.maximum(useful, 1)
-    return value, {
+    learned = tokens_BS.sum()
+    value = (error_BS * tokens_BS).sum() / jax.numpy.maximum(learned, 1)
+    counts = {
         "num_clips": (tokens_BS > 0).sum(),
-        "useful_tokens": useful,
+        "useful_tokens": learned,
         "num_slots": batch["segment_BN"].size,
     }
+    if time_BN is not None:
+        known = batch["known_BN"].sum()
+        counts.update(known_tokens=known, useful_tokens=learned + known)
+    return value, counts
 
 
-def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, noise_key):
+def token_times(batch: dict, time_BS, diffusion: DiffusionConfig):
+    """Time (B, N) of every token: 0 where it is known, its frame's own or else its clip's."""
+    own_BN = times.shift(
+        times.logit_normal_of(
+            batch["time_normal_BN"], diffusion.time_mean, diffusion.time_std),
+        by_segment(clip_shift(batch, diffusion)[..., None], batch["segment_BN"])[..., 0],
+    )
+    clip_BN = by_segment(time_BS[..., None], batch["segment_BN"])[..., 0]
+    time_BN = jax.numpy.where(batch["own_time_BN"], own_BN, clip_BN)
+    return jax.numpy.where(batch["known_BN"], 0.0, time_BN)
+
+
+def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, noise_key,
+                time_BN=None):
     """(error_BS, tokens_BS): mean squared velocity error and number of tokens of every clip.
 
-    data_std: of every channel of the latents, a tuple (C,).
+    data_std: of every channel of the latents, a tuple (C,). time_BN: of tokens, where they have
+    times of their own (`token_times`); known ones are then left out of both.
     """
     tokens_BND = batch["tokens_BND"]
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
+    if time_BN is None:
+        time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"])
+    else:
+        member_BNS *= ~batch["known_BN"][..., None]
+        time_BN1 = time_BN[..., None]
+        # a clip is told the mean time of what is to be learned of it: its own, but for frame_times
+        time_BS = jax.numpy.einsum("BN,BNS->BS", time_BN, member_BNS) / jax.numpy.maximum(
+            member_BNS.sum(1), 1)
     noise_BND = jax.random.normal(noise_key, tokens_BND.shape)
-    time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"])
     noised_BND = process.corrupt(tokens_BND, noise_BND, time_BN1)
-    prediction_BND = velocity(model, data_std, params, batch, noised_BND, time_BS)
+    prediction_BND = velocity(model, data_std, params, batch, noised_BND, time_BS, time_BN)
     target_BND = process.velocity(tokens_BND, noise_BND)
     error_BS = objectives.clip_mean_squared_error(prediction_BND, target_BND, member_BNS)
     return error_BS, member_BNS.sum(1)

@@ -140,16 +140,21 @@ def clip_shift(batch: dict, diffusion: DiffusionConfig):
     )
 
 
-def velocity(model: Transformer, data_std, params, batch: dict, noised_BND, time_BS):
+def velocity(model: Transformer, data_std, params, batch: dict, noised_BND, time_BS, time_BN=None):
     """The model's velocity (B, N, D) of noised tokens, each clip at its own time.
 
-    data_std: of every channel of the latents, a tuple (C,); a token holds C last.
+    data_std: of every channel of the latents, a tuple (C,); a token holds C last. time_BN: of every
+    token, where it is not that of its clip.
     """
     padding_BN1 = (batch["segment_BN"] == 0)[..., None]
-    time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"]) + padding_BN1
+    if time_BN is None:
+        time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"]) + padding_BN1
+    else:
+        time_BN1 = time_BN[..., None] + padding_BN1
     data_std_D = jnp.tile(jnp.asarray(data_std), model.config.in_width // len(data_std))
     seen_BND, velocity_of = process.precondition(noised_BND, time_BN1, data_std_D)
-    return velocity_of(model.apply({"params": params}, {**batch, "tokens_BND": seen_BND}, time_BS))
+    batch = {**batch, "tokens_BND": seen_BND}
+    return velocity_of(model.apply({"params": params}, batch, time_BS, time_BN))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
