@@ -24,7 +24,7 @@ from sora_jax.diffusion.solvers import SAMPLERS
 from sora_jax.run_config import SamplingConfig, check_sampling
 from sora_jax.tasks import diffusion
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
-from sora_jax.tasks.sampling import Request
+from sora_jax.tasks.requests import Request
 from sora_jax.weights.vae_files import load_vae
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a diffusion run.")

@@ -18,7 +18,8 @@ from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import DiffusionConfig, RunConfig
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.latents import open_latents
-from sora_jax.tasks.sampling import Request, Sampler, clip_shift, velocity
+from sora_jax.tasks.requests import Request
+from sora_jax.tasks.sampling import Sampler, clip_shift, velocity
 from sora_jax.tasks.task import Task
 from sora_jax.weights.vae_files import FrozenVAE, load_vae
 
@@ -66,7 +67,7 @@ def make_sampler(config: RunConfig, model: Transformer, vae: FrozenVAE, **change
     packing = {"rows": config.sampling.rows, "row_tokens": config.packing.row_tokens}
     return Sampler(
         model, vae, config.diffusion, dataclasses.replace(config.packing, **packing),
-        dataclasses.replace(config.sampling, **changes),
+        dataclasses.replace(config.sampling, **changes), config.conditioning.is_used,
     )
 
 
