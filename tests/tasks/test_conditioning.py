@@ -23,7 +23,9 @@ class Tiny:
 
     def __init__(self):
         config = base.get_config("runlocal")
-        config.model.update({"num_layers": 1, "unroll": 1, "width": 16, "product_dtype": "float32"})
+        config.model.update({
+            "num_layers": 1, "unroll": 1, "width": 16, "product_dtype": "float32",
+            "text_attention": "none", "text_summary": False})
         config.packing.update({"rows": 1, "row_tokens": 28, "row_text": 48, "max_clips": 4})
         config.conditioning.prefix = 0.5
         self.config = run_config.resolve(config)
