@@ -147,6 +147,18 @@ def get_config(arg: str = "") -> ConfigDict:
         "patch": "",
     })
 
+    # Shares of the clips that are given more than their text in training; the rest is text only
+    # (sora_jax/data/conditioning.py, docs/editing.md).
+    config.conditioning = ConfigDict({
+        "first_frame": 0.0,  # latent frames that are clean
+        "first_last": 0.0,
+        "prefix": 0.0,  # the first ones, from one to all but one; suffix: the last ones
+        "suffix": 0.0,
+        "random_frames": 0.0,
+        "random_boxes": 0.0,  # clean inside or outside of a box of height, width and time
+        "frame_times": 0.0,  # every latent frame has a diffusion time of its own
+    })
+
     # A VAE in training: a pyramid of convolutions (configs/vae.py has one of blocks).
     config.vae = ConfigDict({
         "encoder_dims": (24, 48, 48),

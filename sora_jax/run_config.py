@@ -10,6 +10,7 @@ from sora_jax import workdir as workdir_files
 from sora_jax.checkpoint import CheckpointConfig
 from sora_jax.core.config import from_mapping
 from sora_jax.core.errors import UserError
+from sora_jax.data.conditioning import ConditioningConfig
 from sora_jax.data.moving_shapes.world import ShapesSpec
 from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pixel_batches import PixelConfig
@@ -257,6 +258,7 @@ class RunConfig:
     features: DistortionNetConfig = DistortionNetConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     init: InitConfig = InitConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
 
 
 def resolve(mapping) -> RunConfig:
@@ -279,6 +281,10 @@ def resolve(mapping) -> RunConfig:
         raise UserError(
             f"init.weights = {config.init.weights!r} and checkpoint.init_from = "
             f"{config.checkpoint.init_from!r} both name weights to begin with; give one of them")
+    if config.conditioning.is_used and config.model.modulation == "none":
+        raise UserError(
+            "config.conditioning gives tokens times of their own, which model.modulation = 'none' "
+            "cannot tell them; set it to 'linear' or 'table', or all shares to 0")
     return config
 
 

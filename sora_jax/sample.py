@@ -1,7 +1,9 @@
-"""Videos from prompts with a trained model.
+"""Videos from prompts, pictures and videos with a trained model.
 
     python -m sora_jax.sample --workdir=runs/base --prompt="a red circle moves left" \\
         --size=64x96 --frames=17 --seed=0 --out=x.mp4
+
+The editing flags are those of edit_command.py; see docs/editing.md.
 """
 
 import dataclasses
@@ -16,23 +18,24 @@ if __name__ == "__main__":  # before the slow imports: it may start this process
 
 from absl import flags
 
-from sora_jax import checkpoint, run_config
+from sora_jax import checkpoint, edit_command, run_config
 from sora_jax.core.errors import UserError
-from sora_jax.core.shapes import VideoSpec
 from sora_jax.data.encode import write_mp4
 from sora_jax.diffusion.solvers import SAMPLERS
 from sora_jax.run_config import SamplingConfig, check_sampling
 from sora_jax.tasks import diffusion
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
-from sora_jax.tasks.sampling import Request
 from sora_jax.weights.vae_files import load_vae
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a diffusion run.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A text file with one prompt a line.")
-_SIZE = flags.DEFINE_string("size", "64x64", "HEIGHTxWIDTH in pixels.")
-_FRAMES = flags.DEFINE_integer("frames", 17, "Number of frames, 1 + 4k; 1 makes a still image.")
-_FPS = flags.DEFINE_float("fps", 8.0, "Frames per second.")
+_SIZE = flags.DEFINE_string(
+    "size", None, "HEIGHTxWIDTH in pixels; default 64x64, or that of the input.")
+_FRAMES = flags.DEFINE_integer(
+    "frames", None, "Number of frames, 1 + 4k; 1 makes a still image; default 17. Of an extended, "
+    "joined or looped clip: of the whole result.")
+_FPS = flags.DEFINE_float("fps", None, "Frames per second; default 8, or those of the input.")
 _SAMPLER = flags.DEFINE_string(
     "sampler", None, f"{', '.join(SAMPLERS)}; default as in the run.")
 _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default as in the run.")
@@ -56,17 +59,22 @@ _OUT = flags.DEFINE_string(
 
 
 def main(_):
-    prompts = read_prompts(_PROMPT.value, _PROMPT_FILE.value)
-    spec = VideoSpec(_FRAMES.value, *parse_size(_SIZE.value))
     check_fps(_FPS.value)
+    ask = edit_command.read_flags(
+        flags.FLAGS, _FRAMES.value, parse_size(_SIZE.value), _FPS.value, _SEED.value)
+    prompts = read_prompts(
+        _PROMPT.value, _PROMPT_FILE.value, needed=not (ask.video or ask.image))
     changes = sampling_changes()
-    out = check_out(_OUT.value, spec)
+    if ask.edit == "draft":
+        changes.setdefault("num_steps", edit_command.DRAFT_STEPS)
+    out = check_out(_OUT.value, ask)
     config = run_config.load_workdir(_WORKDIR.value)
     settings = changed(config.sampling, changes)
     if config.task != "diffusion":
         raise UserError(f"{_WORKDIR.value} trained task {config.task!r}; sampling needs diffusion")
     vae = load_vae(config.latents.vae)
-    vae.compression.check(spec, patch=max(config.model.patch[1:]))
+    if ask.edit == "sample":
+        vae.compression.check(ask.spec, patch=max(config.model.patch[1:]))
     with checkpoint.Checkpointer(
         _WORKDIR.value, config.checkpoint, read_only=True
     ) as checkpoints:
@@ -76,18 +84,15 @@ def main(_):
     sampler = diffusion.make_sampler(
         config, diffusion.make_model(config, vae), vae, **dataclasses.asdict(settings)
     )
-    requests = [
-        Request(prompt, spec, _FPS.value, _SEED.value + i) for i, prompt in enumerate(prompts)
-    ]
-    clips = sampler(params, requests)
+    clips, said, fps = edit_command.run(ask, config, sampler, params, prompts)
     print(f"weights of step {step}, {settings.sampler}, {settings.num_steps} steps, guidance "
           f"{settings.guidance:g}")
-    for path in write(clips, requests, out):
+    for path in write(clips, said, fps, out):
         print(f"wrote {path}")
 
 
-def read_prompts(given: list[str], path: str | None) -> list[str]:
-    """Prompts of the flags and the file. Raises UserError where there is none."""
+def read_prompts(given: list[str], path: str | None, needed: bool = True) -> list[str]:
+    """Prompts of the flags and the file. Raises UserError where there is none but one is needed."""
     prompts = list(given)
     if path:
         try:
@@ -95,13 +100,15 @@ def read_prompts(given: list[str], path: str | None) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file={path} cannot be read: {error}") from error
         prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    if needed and not prompts:
         raise UserError('nothing to make: give --prompt="..." or --prompt_file=FILE')
     return prompts
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str | None) -> tuple[int, int] | None:
     """(height, width) of "64x96". Raises UserError on anything else."""
+    if text is None:
+        return None
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
     if not match or not (int(match[1]) and int(match[2])):
         raise UserError(f"--size={text} should be HEIGHTxWIDTH in pixels, such as 64x96")
@@ -154,36 +161,37 @@ def parse_interval(words: list[str] | None) -> tuple[float, float] | None:
     return first, last
 
 
-def check_fps(fps: float) -> None:
+def check_fps(fps: float | None) -> None:
     """Raises UserError on a rate no file can have."""
-    if not 0 < fps <= 1000:
+    if fps is not None and not 0 < fps <= 1000:
         raise UserError(f"--fps={fps} must be above 0 and at most 1000")
 
 
-def check_out(out: str, spec: VideoSpec) -> pathlib.Path:
+def check_out(out: str, ask: edit_command.Ask) -> pathlib.Path:
     """The output path. Raises UserError on an ending that does not fit."""
     path = pathlib.Path(out)
     if path.suffix not in (".mp4", ".png"):
         raise UserError(f"--out={out} should end in .mp4, or in .png for a still image")
-    if path.suffix == ".png" and spec.frames != 1:
-        raise UserError(f"--out={out} is a still image and --frames={spec.frames}; use --frames=1")
+    if path.suffix == ".png" and ask.edit in ("sample", "draft") and ask.spec.frames != 1:
+        raise UserError(
+            f"--out={out} is a still image and --frames={ask.spec.frames}; use --frames=1")
     return path
 
 
-def write(clips, requests, out: pathlib.Path) -> list[pathlib.Path]:
+def write(clips, said, rates, out: pathlib.Path) -> list[pathlib.Path]:
     """Writes every clip, and a contact sheet where there are several; returns the paths."""
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out] if len(clips) == 1 else [
         out.with_name(f"{out.stem}_{i:02d}{out.suffix}") for i in range(len(clips))
     ]
-    for path, clip_THWC, request in zip(paths, clips, requests, strict=True):
+    for path, clip_THWC, fps in zip(paths, clips, rates, strict=True):
         if path.suffix == ".png":
             write_png(path, clip_THWC[0])
         else:
-            write_mp4(path, clip_THWC, request.fps)
+            write_mp4(path, clip_THWC, fps)
     if len(clips) > 1:
         sheet = out.with_name(f"{out.stem}_sheet.png")
-        write_png(sheet, contact_sheet(clips, [request.prompt for request in requests]))
+        write_png(sheet, contact_sheet(clips, said))
         paths.append(sheet)
     return paths
 

@@ -36,6 +36,7 @@ LAYERS = {
     "eval_job": 5,
     "train": 5,
     "sample": 5,
+    "edit_command": 5,
     "weights.__main__": 5,
 }
 SIBLINGS = {"diffusion", "models", "data"}  # these never import each other

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from sora_jax.core.errors import UserError
+from sora_jax.data.conditioning import ClipCondition
 from sora_jax.data.tokenizers import encode_bytes
 
 NUM_FACTS = 5  # F: frames, height, width (pixels), fps, latent tokens (dropped ones too)
@@ -25,6 +26,7 @@ class PackedClip:
     fps: float
     kept: np.ndarray | None = None  # indices of its tokens that are there; None: all
     text_MD: np.ndarray | None = None
+    condition: ClipCondition | None = None  # of all its tokens; None: its text alone
 
 
 def num_tokens(shape_THW, patch) -> np.ndarray:
@@ -62,15 +64,21 @@ def positions(grid_THW) -> np.ndarray:
     return np.indices(tuple(grid_THW), np.int32).reshape(3, -1).T
 
 
-def empty_rows(num_rows: int, config, patch, channels: int,
-               text_width: int = 0) -> dict[str, np.ndarray]:
+def empty_rows(num_rows: int, config, patch, channels: int, text_width: int = 0,
+               conditioned: bool = False) -> dict[str, np.ndarray]:
     """A batch of padding: every field of the packed batch, all zero.
 
     text_width: of the embeddings of a frozen encoder; 0: text is byte ids.
+    conditioned: with the fields of clips that are given more than their text.
     """
     B, N, M, S = num_rows, config.row_tokens, config.row_text, config.max_clips
     text = {"text_embedding_BMD": np.zeros((B, M, text_width), np.float32)} if text_width else {
         "text_BM": np.zeros((B, M), np.int32)}
+    conditions = {
+        "known_BN": np.zeros((B, N), bool),
+        "own_time_BN": np.zeros((B, N), bool),
+        "time_normal_BN": np.zeros((B, N), np.float32),
+    } if conditioned else {}
     return {
         "tokens_BND": np.zeros((B, N, int(np.prod(patch)) * channels), np.float32),
         "segment_BN": np.zeros((B, N), np.int32),
@@ -79,6 +87,7 @@ def empty_rows(num_rows: int, config, patch, channels: int,
         "text_segment_BM": np.zeros((B, M), np.int32),
         "clip_BSF": np.zeros((B, S, NUM_FACTS), np.float32),
         "extent_BS3": np.zeros((B, S, 3), np.int32),
+        **conditions,
     }
 
 
@@ -110,6 +119,11 @@ def pack_row(batch: dict, row: int, clips: list[PackedClip | None], config, patc
         batch["clip_BSF"][row, segment - 1] = (
             clip.frames, clip.height, clip.width, clip.fps, num_all
         )
+        if clip.condition is not None:
+            batch["known_BN"][row, video] = clip.condition.known_N[kept]
+            if clip.condition.normal_N is not None:
+                batch["own_time_BN"][row, video] = True
+                batch["time_normal_BN"][row, video] = clip.condition.normal_N[kept]
 
 
 def unpack_row(batch: dict, row: int, segment: int, patch) -> np.ndarray:

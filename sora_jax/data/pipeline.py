@@ -16,7 +16,8 @@ import numpy as np
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import nearest_multiples
-from sora_jax.data import packed_rows, packing, token_drop
+from sora_jax.data import conditioning, packed_rows, packing, token_drop
+from sora_jax.data.conditioning import ConditioningConfig
 from sora_jax.data.latent_cache import LatentCache
 from sora_jax.data.text_cache import TextCache
 
@@ -84,7 +85,8 @@ class PackedBatches:
 
     def __init__(self, cache: LatentCache, config: packing.PackingConfig, patch, seed: int,
                  num_steps: int, process_index: int, process_count: int, max_unreadable: int,
-                 num_threads: int, num_prefetch: int, text: TextCache | None):
+                 num_threads: int, num_prefetch: int, text: TextCache | None,
+                 conditions: ConditioningConfig):
         if config.rows % process_count:
             raise UserError(
                 f"packing.rows = {config.rows} must be a multiple of the {process_count} "
@@ -95,6 +97,7 @@ class PackedBatches:
         per_process = config.rows // process_count
         self._rows = range(per_process * process_index, per_process * (process_index + 1))
         self._threads, self._prefetch = num_threads, num_prefetch
+        self._conditions = conditions if conditions.is_used else None
         self._budget = UnreadableBudget(
             min(max_unreadable, len(cache) - 1), f"latent cache {cache.directory}"
         )
@@ -147,6 +150,7 @@ class PackedBatches:
         batch = packed_rows.empty_rows(
             len(self._rows), self.config, self.patch, self._cache.channels,
             0 if self._text is None else self._text.width,
+            conditioned=self._conditions is not None,
         )
         for local, r in enumerate(self._rows):
             clips = [self._read(*of_clip, step // self.steps_per_block)
@@ -178,6 +182,9 @@ class PackedBatches:
                 self.config.token_drop, self._seed, block, int(visit), int(clip), float(dropped),
                 self.lengths.grid_C3[clip]),
             text_MD=text_MD,
+            condition=None if self._conditions is None else conditioning.draw(
+                self._conditions, self._seed, block, int(visit), int(clip),
+                self.lengths.grid_C3[clip]),
         )
 
     def _what_binds(self) -> str:
@@ -204,14 +211,17 @@ def packed_batches(
     num_threads: int = 2,
     num_prefetch: int = 4,
     text: TextCache | None = None,
+    conditions: ConditioningConfig = ConditioningConfig(),
 ) -> PackedBatches:
     """Packed batches of `cache`; `patch` is (pt, ph, pw) in latents. text: embeddings of its
     captions, which the batches then carry in the place of byte ids.
 
+    conditions: what clips are given beside their text; the plan of rows is the same with any.
+
     Raises UserError on an empty cache, a clip longer than a row, or sizes that do not divide.
     """
     return PackedBatches(cache, config, patch, seed, num_steps, process_index, process_count,
-                         max_unreadable, num_threads, num_prefetch, text)
+                         max_unreadable, num_threads, num_prefetch, text, conditions)
 
 
 def _near(rows: int, count: int) -> str:

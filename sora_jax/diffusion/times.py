@@ -6,7 +6,12 @@ import jax.numpy as jnp
 
 def logit_normal(key, shape, mean: float, std: float):
     """Times in (0, 1) whose logit is normal. Source: SD3, arXiv 2403.03206, eq. 19."""
-    return jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
+    return logit_normal_of(jax.random.normal(key, shape), mean, std)
+
+
+def logit_normal_of(normal, mean: float, std: float):
+    """The logit-normal times that standard normals make."""
+    return jax.nn.sigmoid(mean + std * normal)
 
 
 def shift(time, factor):

@@ -15,11 +15,12 @@ from sora_jax.data.latent_cache import LatentCache, LatentRecord
 from sora_jax.diffusion import objectives, process, times
 from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
-from sora_jax.run_config import RunConfig
+from sora_jax.run_config import DiffusionConfig, RunConfig
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.initial_weights import initial
 from sora_jax.tasks.latents import open_latents
-from sora_jax.tasks.sampling import Embed, Request, Sampler, clip_shift, data_std, velocity
+from sora_jax.tasks.requests import Embed, Request
+from sora_jax.tasks.sampling import Sampler, clip_shift, data_std, velocity
 from sora_jax.tasks.task import Task
 from sora_jax.tasks.text_embeddings import embedder, open_text
 from sora_jax.weights.vae_files import FrozenVAE, load_vae
@@ -37,6 +38,7 @@ def build(config: RunConfig, workdir: str) -> Task:
     loader = pipeline.packed_batches(
         train, config.packing, config.model.patch, config.seed, config.num_steps,
         jax.process_index(), jax.process_count(), text=train_text,
+        conditions=config.conditioning,
     )
     sampler = make_sampler(config, model, vae, embed=embedder(config, held_out_text))
     return Task(
@@ -80,7 +82,7 @@ def make_sampler(config: RunConfig, model: Transformer, vae: FrozenVAE, embed: E
     return Sampler(
         model, vae, config.diffusion, dataclasses.replace(config.packing, **packing),
         dataclasses.replace(config.sampling, **changes),
-        embed or embedder(config, None),
+        embed or embedder(config, None), config.conditioning.is_used,
     )
 
 
@@ -96,11 +98,13 @@ def example_batch(config: RunConfig, model: Transformer) -> dict:
     return pipeline.packed_rows.empty_rows(
         config.packing.rows, config.packing, config.model.patch, model.config.in_channels,
         config.text_encoder.width if config.text_encoder.weights else 0,
+        conditioned=config.conditioning.is_used,
     )
 
 
 def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, key):
-    """Mean squared velocity error, clips weighted by their tokens, and counts for the log."""
+    """Mean squared velocity error, clips weighted by their tokens, and counts for the log. Tokens
+    that are given clean do not count in it."""
     shape_BS = batch["clip_BSF"].shape[:2]
     time_BS = times.shift(
         times.logit_normal(
@@ -108,29 +112,57 @@ def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, k
         ),
         clip_shift(batch, config.diffusion),
     )
+    time_BN = None
+    if "known_BN" in batch:
+        time_BN = token_times(batch, time_BS, config.diffusion)
     error_BS, tokens_BS = clip_errors(
-        model, data_std, params, batch, time_BS, stream(key, "noise")
+        model, data_std, params, batch, time_BS, stream(key, "noise"), time_BN
     )
-    useful = tokens_BS.sum()
-    value = (error_BS * tokens_BS).sum() / jax.numpy.maximum(useful, 1)
-    return value, {
+    learned = tokens_BS.sum()
+    value = (error_BS * tokens_BS).sum() / jax.numpy.maximum(learned, 1)
+    counts = {
         "num_clips": (tokens_BS > 0).sum(),
-        "useful_tokens": useful,
+        "useful_tokens": learned,
         "num_slots": batch["segment_BN"].size,
     }
+    if time_BN is not None:
+        known = batch["known_BN"].sum()
+        counts.update(known_tokens=known, useful_tokens=learned + known)
+    return value, counts
 
 
-def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, noise_key):
+def token_times(batch: dict, time_BS, diffusion: DiffusionConfig):
+    """Time (B, N) of every token: 0 where it is known, its frame's own or else its clip's."""
+    own_BN = times.shift(
+        times.logit_normal_of(
+            batch["time_normal_BN"], diffusion.time_mean, diffusion.time_std),
+        by_segment(clip_shift(batch, diffusion)[..., None], batch["segment_BN"])[..., 0],
+    )
+    clip_BN = by_segment(time_BS[..., None], batch["segment_BN"])[..., 0]
+    time_BN = jax.numpy.where(batch["own_time_BN"], own_BN, clip_BN)
+    return jax.numpy.where(batch["known_BN"], 0.0, time_BN)
+
+
+def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, noise_key,
+                time_BN=None):
     """(error_BS, tokens_BS): mean squared velocity error and number of tokens of every clip.
 
-    data_std: see `sampling.velocity`.
+    data_std: see `sampling.velocity`. time_BN: of tokens, where they have times of their own
+    (`token_times`); known ones are then left out of both.
     """
     tokens_BND = batch["tokens_BND"]
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
+    if time_BN is None:
+        time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"])
+    else:
+        member_BNS *= ~batch["known_BN"][..., None]
+        time_BN1 = time_BN[..., None]
+        # a clip is told the mean time of what is to be learned of it: its own, but for frame_times
+        time_BS = jax.numpy.einsum("BN,BNS->BS", time_BN, member_BNS) / jax.numpy.maximum(
+            member_BNS.sum(1), 1)
     noise_BND = jax.random.normal(noise_key, tokens_BND.shape)
-    time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"])
     noised_BND = process.corrupt(tokens_BND, noise_BND, time_BN1)
-    prediction_BND = velocity(model, data_std, params, batch, noised_BND, time_BS)
+    prediction_BND = velocity(model, data_std, params, batch, noised_BND, time_BS, time_BN)
     target_BND = process.velocity(tokens_BND, noise_BND)
     error_BS = objectives.clip_mean_squared_error(prediction_BND, target_BND, member_BNS)
     return error_BS, member_BNS.sum(1)

@@ -2,36 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.core.errors import UserError
-from sora_jax.core.rng import numpy_stream, stream
-from sora_jax.core.shapes import VideoSpec
-from sora_jax.data.packed_rows import PackedClip, empty_rows, num_tokens, pack_row, unpack_row
+from sora_jax.core.rng import stream
+from sora_jax.data.packed_rows import unpack_row
 from sora_jax.data.packing import PackingConfig
-from sora_jax.data.tokenizers import byte_length
-from sora_jax.diffusion import grids, guidance, process, samplers, solvers, times
+from sora_jax.diffusion import editing, grids, guidance, process, samplers, solvers, times
 from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import DiffusionConfig, SamplingConfig
 from sora_jax.tasks.latents import decode
+from sora_jax.tasks.requests import Embed, Request, Rows, plan_rows, text_fields
 from sora_jax.weights.vae_files import FrozenVAE
-
-Embed = Callable[[list[str]], list[np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One clip to make. Equal seeds give equal noise, whatever else is sampled beside it."""
-
-    prompt: str
-    spec: VideoSpec
-    fps: float
-    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +24,12 @@ class Sampler:
     """The model with its VAE and the settings of the walk from noise to data.
 
     guidance 1 asks the network once a row of the sampler's table, any other value twice while a
-    clip's time is in the guidance interval. embed: text_MD of every prompt by the frozen encoder
-    whose embeddings the model reads; None where it reads bytes.
+    clip's time is in the guidance interval.
+    embed: by the frozen encoder whose embeddings the model reads; None where it reads bytes.
+    sees_clean: how known tokens are shown to the network. True: clean, at time 0, as a model
+    trained with conditions (`config.conditioning`) knows them. False: at the noise level of their
+    clip, which every model knows; the rest then follows them less closely.
+    Source of the second: "replacement", Song et al., arXiv 2011.13456, section 5 and appendix I.2.
     """
 
     model: Transformer
@@ -49,6 +38,7 @@ class Sampler:
     packing: PackingConfig
     settings: SamplingConfig
     embed: Embed | None = None
+    sees_clean: bool = False
 
     def __call__(self, params, requests: list[Request]) -> list[np.ndarray]:
         """pixels_THWC uint8 of every request, in order.
@@ -58,96 +48,70 @@ class Sampler:
         patch = self.model.config.patch
         for request in requests:
             self.vae.compression.check(request.spec, patch=max(patch[1:]))
-        return decode(self.vae, self._latents(params, requests))
+        return decode(self.vae, self.latents(params, requests))
 
-    def _latents(self, params, requests):
+    def latents(self, params, requests: list[Request]) -> list[np.ndarray]:
         """latents_THWC of every request."""
-        packing, patch = self.packing, self.model.config.patch
-        clips = [self._noise(request) for request in requests]
-        lengths = num_tokens([clip.latents_THWC.shape[:3] for clip in clips], patch)
-        packing = dataclasses.replace(
-            packing, row_tokens=max(packing.row_tokens, int(lengths.max()))
-        )
-        negative = self.settings.negative_prompt or None
-        clips, blanks = self._with_text(clips, negative)
-        text = [max(text_tokens(mine, packing) for mine in both)
-                for both in zip(clips, blanks, strict=True)]
-        if max(text) > packing.row_text:
-            raise UserError(f"a prompt has {max(text)} text tokens and a row holds "
-                            f"packing.row_text = {packing.row_text}; shorten it")
-        rows = first_fit(lengths, text, packing)
+        return self._packed(params, requests, self._walk)
+
+    def noises(self, params, requests: list[Request]) -> list[np.ndarray]:
+        """The noise (THWC) from which this model makes the source of every request's edit.
+
+        It is the walk from data to noise without guidance, by Heun: DDIM inversion (arXiv
+        2010.02502, section 4.3) of order 2.
+        """
+        return self._packed(params, requests, self._walk_back)
+
+    def _packed(self, params, requests, walk):
+        """What walk(params, rows, requests of rows) makes of the requests, packed into rows."""
+        patch = self.model.config.patch
         latents = [None] * len(requests)
-        for first in range(0, len(rows), packing.rows):
-            part = rows[first : first + packing.rows]
-            batch, blank = (empty_rows(packing.rows, packing, patch, self.vae.config.z_dim,
-                                       self._text_width) for _ in range(2))
-            seed_BS = np.zeros(batch["clip_BSF"].shape[:2], np.uint32)
-            for row, members in enumerate(part):
-                pack_row(batch, row, [clips[i] for i in members], packing, patch)
-                pack_row(blank, row, [blanks[i] for i in members], packing, patch)
-                seed_BS[row, : len(members)] = [requests[i].seed % 2**32 for i in members]
-            text = {name: x for name, x in blank.items() if name.startswith("text_")}
-            batch["tokens_BND"] = np.asarray(self._walk(params, batch, text, seed_BS))
-            for row, members in enumerate(part):
+        for rows in plan_rows(
+            requests, self.packing, patch, self.vae, self.settings.negative_prompt, self.embed
+        ):
+            tokens_BND, batch = walk(params, rows)
+            batch = {**batch, "tokens_BND": np.asarray(tokens_BND)}
+            for row, members in enumerate(rows.members):
                 for segment, i in enumerate(members, 1):
                     latents[i] = unpack_row(batch, row, segment, patch)
         return latents
 
-    @property
-    def _text_width(self):
-        return 0 if self.embed is None else self.model.config.text_width
-
-    def _with_text(self, clips, negative):
-        """The clips, and the same with the negative prompt (None: no caption)."""
-        blanks = [dataclasses.replace(clip, caption=negative) for clip in clips]
-        if self.embed is None:
-            return clips, blanks
-        *texts, blank_MD = self.embed([*(clip.caption for clip in clips), negative or ""])
-        return ([dataclasses.replace(clip, text_MD=text_MD)
-                 for clip, text_MD in zip(clips, texts, strict=True)],
-                [dataclasses.replace(clip, text_MD=blank_MD) for clip in blanks])
-
-    def _walk(self, params, batch, blank, seed_BS):
-        """Denoised tokens_BND of packed rows whose tokens are noise."""
-        settings = self.settings
-        table = clip_table(batch, settings, self.diffusion)
+    def _walk(self, params, rows: "Rows"):
+        """(denoised tokens_BND, batch) of packed rows."""
+        settings, batch = self.settings, rows.pack()
+        negative = rows.texts(lambda request: settings.negative_prompt or None)
+        edited, table = None, None
+        if any(request.edit for request in rows.requests):
+            edited = rows.edits()
+            strength_BS = rows.of_clips(
+                lambda request: (request.edit and request.edit.strength) or 1.0, 1.0)
+            table = clip_table(batch, settings, self.diffusion, strength_BS)
+            start_BN1 = np.asarray(by_segment(
+                jnp.asarray(table.time[0, ..., None], jnp.float32), batch["segment_BN"]))
+            batch["tokens_BND"] = process.corrupt(
+                edited["source_BND"], batch["tokens_BND"], start_BN1)
+        table = clip_table(batch, settings, self.diffusion) if table is None else table
         return _sample(
             self.model, data_std(self.diffusion, self.vae), settings.guidance != 1.0,
-            samplers.is_stochastic(table), params, batch, blank, seed_BS, samplers.pad(table),
-            np.float32(settings.guidance), np.asarray(settings.guidance_interval, np.float32),
-            np.float32(settings.guidance_rescale),
-        )
+            samplers.is_stochastic(table), self.sees_clean, params, batch, negative,
+            rows.of_clips(lambda request: request.seed % 2**32, 0).astype(np.uint32),
+            samplers.pad(table), np.float32(settings.guidance),
+            np.asarray(settings.guidance_interval, np.float32),
+            np.float32(settings.guidance_rescale), edited,
+        ), batch
 
-    def _noise(self, request: Request) -> PackedClip:
-        shape = (*self.vae.compression.latent_shape(request.spec), self.vae.config.z_dim)
-        noise = numpy_stream(request.seed, "noise").standard_normal(shape, np.float32)
-        spec = request.spec
-        return PackedClip(noise, request.prompt, spec.frames, spec.height, spec.width, request.fps)
-
-
-def first_fit(lengths, text_tokens, packing: PackingConfig) -> list[list[int]]:
-    """Clips of every row: longest first, each into the first row that holds it."""
-    rows, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i)):
-        text = text_tokens[i]
-        for row, (tokens, words, clips) in enumerate(room):
-            if tokens >= lengths[i] and words >= text and clips:
-                break
-        else:
-            row = len(rows)
-            rows.append([])
-            room.append((packing.row_tokens, packing.row_text, packing.max_clips))
-        rows[row].append(i)
-        tokens, words, clips = room[row]
-        room[row] = tokens - int(lengths[i]), words - text, clips - 1
-    return rows
-
-
-def text_tokens(clip: PackedClip, packing: PackingConfig) -> int:
-    """Text tokens that a clip takes in a row."""
-    if clip.text_MD is not None:
-        return len(clip.text_MD)
-    return min(byte_length(clip.caption or ""), packing.caption_limit)
+    def _walk_back(self, params, rows: "Rows"):
+        """(tokens_BND of noise, batch) of packed rows whose clips are the sources."""
+        batch = {**rows.pack(), "tokens_BND": rows.edits()["source_BND"]}
+        settings = dataclasses.replace(self.settings, sampler="heun", eta=0.0)
+        table = clip_table(batch, settings, self.diffusion, inverted=True)
+        unused = np.zeros(batch["clip_BSF"].shape[:2], np.uint32)
+        text = text_fields(batch)
+        return _sample(
+            self.model, data_std(self.diffusion, self.vae), False, False, False, params, batch,
+            text, unused, samplers.pad(table), np.float32(1), np.zeros(2, np.float32),
+            np.float32(0), None,
+        ), batch
 
 
 def data_std(diffusion: DiffusionConfig, vae: FrozenVAE) -> tuple[float, ...] | None:
@@ -155,12 +119,19 @@ def data_std(diffusion: DiffusionConfig, vae: FrozenVAE) -> tuple[float, ...] | 
     return vae.channel_std if diffusion.precondition else None
 
 
-def clip_table(batch: dict, settings: SamplingConfig, diffusion: DiffusionConfig):
-    """The sampler's table for every clip of the rows, (K, B, S, ...), at its own shifted times."""
+def clip_table(batch: dict, settings: SamplingConfig, diffusion: DiffusionConfig,
+               strength_BS=None, inverted: bool = False):
+    """The sampler's table for every clip of the rows, (K, B, S, ...), at its own shifted times.
+
+    strength_BS: where on the way from data (0) to noise (1) a clip begins; None: at noise.
+    inverted: from data to noise.
+    """
     grid = grids.flow_times(settings.num_steps, settings.grid).astype(np.float32)
-    times_KBS = times.shift(grid[:, None, None], np.asarray(clip_shift(batch, diffusion)))
+    grid_KBS = grid[:, None, None] if strength_BS is None else grid[:, None, None] * strength_BS
+    times_KBS = times.shift(grid_KBS, np.asarray(clip_shift(batch, diffusion)))
+    levels = grids.flow_levels(times_KBS)
     return solvers.make_table(
-        settings.sampler, grids.flow_levels(times_KBS), "flow", settings.eta
+        settings.sampler, levels.reversed() if inverted else levels, "flow", settings.eta
     )
 
 
@@ -173,28 +144,40 @@ def clip_shift(batch: dict, diffusion: DiffusionConfig):
     )
 
 
-def velocity(model: Transformer, data_std, params, batch: dict, noised_BND, time_BS):
+def velocity(model: Transformer, data_std, params, batch: dict, noised_BND, time_BS, time_BN=None):
     """The model's velocity (B, N, D) of noised tokens, each clip at its own time.
 
     data_std: of every channel of the latents, a tuple (C,); a token holds C last. None: the network
-    reads noised tokens and gives the velocity itself.
+    reads noised tokens and gives the velocity itself. time_BN: of every token, where it is not that
+    of its clip.
     """
     if data_std is None:
-        return model.apply({"params": params}, {**batch, "tokens_BND": noised_BND}, time_BS)
+        batch = {**batch, "tokens_BND": noised_BND}
+        return model.apply({"params": params}, batch, time_BS, time_BN)
     padding_BN1 = (batch["segment_BN"] == 0)[..., None]
-    time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"]) + padding_BN1
+    if time_BN is None:
+        time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"]) + padding_BN1
+    else:
+        time_BN1 = time_BN[..., None] + padding_BN1
     data_std_D = jnp.tile(jnp.asarray(data_std), model.config.in_width // len(data_std))
     seen_BND, velocity_of = process.precondition(noised_BND, time_BN1, data_std_D)
-    return velocity_of(model.apply({"params": params}, {**batch, "tokens_BND": seen_BND}, time_BS))
+    batch = {**batch, "tokens_BND": seen_BND}
+    return velocity_of(model.apply({"params": params}, batch, time_BS, time_BN))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(model, data_std, guided, stochastic, params, batch, blank, seed_BS, table, scale,
-            interval, rescale):
-    """Denoised tokens_BND: one program for all samplers, steps and guidance values of a shape."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _sample(model, data_std, guided, stochastic, sees_clean, params, batch, blank, seed_BS, table,
+            scale, interval, rescale, edited):
+    """Denoised tokens_BND: one program for all samplers, steps and guidance values of a shape.
+
+    edited: of `Rows.edits`, or None: then no token is known.
+    """
     used_BN1 = (batch["segment_BN"] > 0)[..., None]
     clip_BN = jnp.maximum(batch["segment_BN"] - 1, 0)
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, seed_BS.shape[1])
+    if edited is not None:
+        known_BN1 = edited["known_BN"][..., None]
+        member_BNS *= ~known_BN1
 
     def expand(clips_BS):
         return jnp.take_along_axis(clips_BS, clip_BN, axis=1)[..., None] * used_BN1
@@ -206,15 +189,31 @@ def _sample(model, data_std, guided, stochastic, params, batch, blank, seed_BS, 
         return expand(jnp.sqrt(jnp.einsum("BN,BNS->BS", square_BN, member_BNS) / count_BS))
 
     def network(tokens_BND, time_BS):
-        with_text = velocity(model, data_std, params, batch, tokens_BND, time_BS)
+        if edited is None:
+            return predict(tokens_BND, time_BS)
+        time_BN1 = expand(time_BS)
+        to_source = editing.velocity_to(tokens_BND, edited["source_BND"], time_BN1)
+        time_BN = None
+        if sees_clean:
+            time_BN = jnp.where(known_BN1, 0.0, time_BN1)[..., 0]
+            tokens_BND = jnp.where(known_BN1, edited["source_BND"], tokens_BND)
+        return jnp.where(known_BN1, to_source, predict(tokens_BND, time_BS, time_BN))
+
+    def predict(tokens_BND, time_BS, time_BN=None):
+        def ask(text):
+            return velocity(
+                model, data_std, params, {**batch, **text}, tokens_BND, time_BS, time_BN)
+
+        with_text = ask({})
+        if edited is not None and "second" in edited:
+            with_text += expand(edited["second_BS"]) * (ask(edited["second"]) - with_text)
         if not guided:
             return with_text
         scale_BS = guidance.scale_in_interval(scale, time_BS, interval)
 
         def ask_again():
             scale_BN1 = expand(scale_BS)
-            without = velocity(model, data_std, params, {**batch, **blank}, tokens_BND, time_BS)
-            out = guidance.guide(with_text, without, scale_BN1)
+            out = guidance.guide(with_text, ask(blank), scale_BN1)
             out = guidance.rescale(out, with_text, rescale, clip_std)
             return jnp.where(scale_BN1 == 1.0, with_text, out)
 
@@ -224,7 +223,9 @@ def _sample(model, data_std, guided, stochastic, params, batch, blank, seed_BS, 
     def noise(row):
         return token_noise(seed_BS, clip_BN, batch["position_BN3"], row, model.config.in_width)
 
-    return samplers.walk(network, batch["tokens_BND"], table, noise if stochastic else None, expand)
+    tokens_BND = samplers.walk(
+        network, batch["tokens_BND"], table, noise if stochastic else None, expand)
+    return tokens_BND if edited is None else jnp.where(known_BN1, edited["source_BND"], tokens_BND)
 
 
 def token_noise(seed_BS, clip_BN, position_BN3, row, width: int):

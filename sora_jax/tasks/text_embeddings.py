@@ -10,7 +10,7 @@ from sora_jax.data.sharded_records import REBUILD
 from sora_jax.data.text_cache import TextCache, TextKey, TextWriter, open_text_cache
 from sora_jax.run_config import RunConfig, TextEncoderConfig
 from sora_jax.tasks.latents import latents_directory
-from sora_jax.tasks.sampling import Embed
+from sora_jax.tasks.requests import Embed
 from sora_jax.weights.text_encoder_files import FrozenTextEncoder, load_text_encoder
 
 CAPTIONS_AT_ONCE = 256

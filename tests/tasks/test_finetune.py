@@ -20,7 +20,8 @@ from sora_jax.models.patchify import clips_as_rows
 from sora_jax.models.transformer import Transformer
 from sora_jax.tasks import diffusion, initial_weights, latents, text_embeddings
 from sora_jax.tasks.initial_weights import export_trained, load_initial, open_initial
-from sora_jax.tasks.sampling import Request, clip_shift, velocity
+from sora_jax.tasks.requests import Request
+from sora_jax.tasks.sampling import clip_shift, velocity
 from sora_jax.weights import published
 from sora_jax.weights.tensor_files import open_tensors, write_tensors
 from sora_jax.weights.vae_files import load_vae

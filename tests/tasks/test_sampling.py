@@ -13,7 +13,7 @@ from sora_jax import run_config, sample
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.tasks import diffusion, sampling
-from sora_jax.tasks.sampling import Request
+from sora_jax.tasks.requests import Request
 from sora_jax.weights.vae_files import load_vae
 
 RED = Request("a red circle", VideoSpec(5, 32, 32), 8.0, seed=0)
@@ -37,7 +37,7 @@ def make():
 
     def latents_of(*requests, **settings):
         sampler = diffusion.make_sampler(config, model, vae, **{"num_steps": 3, **settings})
-        return sampler._latents(params, list(requests))
+        return sampler.latents(params, list(requests))
 
     return latents_of
 

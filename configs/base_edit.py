@@ -1,0 +1,25 @@
+"""Text to video that also continues, joins and repaints clips: configs/base.py with conditions.
+
+Command:  python -m sora_jax.train --config=configs/base_edit.py
+Time:     not measured yet; a step costs more than base's, as every token has a time of its own
+Result:   not measured yet
+"""
+
+import pathlib
+import runpy
+
+BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
+
+
+def get_config(arg: str = ""):
+    """configs/base.py with half of the clips given more than their text. arg "runlocal": a trial.
+    """
+    config = BASE["get_config"](arg)
+    config.conditioning.first_frame = 0.10
+    config.conditioning.first_last = 0.05
+    config.conditioning.prefix = 0.10
+    config.conditioning.suffix = 0.05
+    config.conditioning.random_frames = 0.05
+    config.conditioning.random_boxes = 0.10
+    config.conditioning.frame_times = 0.05
+    return config
