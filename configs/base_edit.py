@@ -1,7 +1,7 @@
 """Text to video that also continues, joins and repaints clips: configs/base.py with conditions.
 
 Command:  python -m sora_jax.train --config=configs/base_edit.py
-Time:     not measured yet; a step costs more than base's, as every token has a time of its own
+Time:     not measured yet; a step has 1.23 times base's FLOPs (--mode=plan), as tokens have times
 Result:   not measured yet
 """
 

@@ -152,6 +152,7 @@ def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, nois
     """
     tokens_BND = batch["tokens_BND"]
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
+    noise_BND = jax.random.normal(noise_key, tokens_BND.shape)
     if time_BN is None:
         time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"])
     else:
@@ -160,7 +161,6 @@ def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, nois
         # a clip is told the mean time of what is to be learned of it: its own, but for frame_times
         time_BS = jax.numpy.einsum("BN,BNS->BS", time_BN, member_BNS) / jax.numpy.maximum(
             member_BNS.sum(1), 1)
-    noise_BND = jax.random.normal(noise_key, tokens_BND.shape)
     noised_BND = process.corrupt(tokens_BND, noise_BND, time_BN1)
     prediction_BND = velocity(model, data_std, params, batch, noised_BND, time_BS, time_BN)
     target_BND = process.velocity(tokens_BND, noise_BND)

@@ -76,6 +76,20 @@ def test_known_tokens_come_back_bit_for_bit_and_shape_the_others(tiny, name, cle
 
 
 @pytest.mark.parametrize("clean", [True, False])
+def test_the_noise_of_known_tokens_is_seen_only_where_they_are_shown_noised(tiny, clean):
+    sampler, params = tiny
+    sampler = dataclasses.replace(sampler, sees_clean=clean)
+    noise = seeded_noise(0, SPEC, sampler.vae)
+    other = np.where(places(KNOWN)[..., None], -noise, noise)
+    one, two = (sampler.latents(params, [request(Edit(source(sampler), KNOWN), noise_THWC=each)])[0]
+                for each in (noise, other))
+    if clean:
+        np.testing.assert_array_equal(one, two)
+    else:
+        assert np.abs(one - two)[~places(KNOWN)].max() > 1e-3
+
+
+@pytest.mark.parametrize("clean", [True, False])
 def test_an_edited_clip_is_the_same_whatever_shares_its_row(tiny, clean):
     sampler, params = tiny
     sampler = dataclasses.replace(sampler, sees_clean=clean)
