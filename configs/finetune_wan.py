@@ -39,7 +39,7 @@ def get_config(arg: str = ""):
     })
     config.model.update({
         "patch": (1, 2, 2), "width": 1536, "num_layers": 30, "num_heads": 12, "mlp_width": 8960,
-        "frequency_width": 256, "modulation": "table", "qk_norm": "rms_full",
+        "frequency_width": 256, "local_width": 0, "modulation": "table", "qk_norm": "rms_full",
         "text_proj": "mlp", "text_summary": False, "size_facts": False, "cross_norm_affine": True,
         "position": "none", "rope": True, "rope_theta": 10_000.0, "rope_split": (),
         "remat": "full", "unroll": 1, "compute_dtype": "bfloat16",

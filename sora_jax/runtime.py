@@ -12,6 +12,8 @@ from sora_jax.core.errors import UserError
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where a run lives; of training the default is runs/CONFIG.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0; default: JAX_COORDINATOR_ADDRESS, SLURM or TPU.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")

@@ -27,7 +27,6 @@ from sora_jax.tasks import diffusion
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.weights.vae_files import load_vae
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a diffusion run.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A text file with one prompt a line.")
 _SIZE = flags.DEFINE_string(
@@ -68,15 +67,16 @@ def main(_):
     if ask.edit == "draft":
         changes.setdefault("num_steps", edit_command.DRAFT_STEPS)
     out = check_out(_OUT.value, ask)
-    config = run_config.load_workdir(_WORKDIR.value)
+    workdir = runtime.WORKDIR.value
+    config = run_config.load_workdir(workdir)
     settings = changed(config.sampling, changes)
     if config.task != "diffusion":
-        raise UserError(f"{_WORKDIR.value} trained task {config.task!r}; sampling needs diffusion")
+        raise UserError(f"{workdir} trained task {config.task!r}; sampling needs diffusion")
     vae = load_vae(config.latents.vae)
     if ask.edit == "sample":
         vae.compression.check(ask.spec, patch=max(config.model.patch[1:]))
     with checkpoint.Checkpointer(
-        _WORKDIR.value, config.checkpoint, read_only=True
+        workdir, config.checkpoint, read_only=True
     ) as checkpoints:
         step, params = checkpoints.restore_params(
             "latest" if _STEP.value is None else _STEP.value

@@ -37,13 +37,12 @@ from sora_jax.train_step import make_step, state_functions, with_initial
 MODES = ("train", "encode", "eval", "plan")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, configs/*.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/CONFIG.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 
 
 def main(_):
     config = run_config.resolve(_CONFIG.value)
-    workdir = _WORKDIR.value or default_workdir()
+    workdir = runtime.WORKDIR.value or default_workdir()
     if _MODE.value == "plan":
         plan.show(config)
         return None

@@ -87,7 +87,7 @@ def run(line, files, trained=False):
     return ask, *edit_command.run(ask, config, sampler, {}, prompts)
 
 
-KNOWN = {flag.name for module in ("sora_jax.sample", "sora_jax.edit_command")
+KNOWN = {flag.name for module in ("sora_jax.runtime", "sora_jax.sample", "sora_jax.edit_command")
          for flag in flags.FLAGS.flags_by_module_dict().get(module, [])}
 
 

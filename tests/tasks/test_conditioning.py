@@ -46,7 +46,8 @@ class Tiny:
                 np.zeros(8, bool), np.repeat([-2.0, 2.0], 4).astype(np.float32))),
         ]
         self.batch = empty_rows(
-            1, self.config.packing, self.config.model.patch, self.vae.config.z_dim, True)
+            1, self.config.packing, self.config.model.patch, self.vae.config.z_dim,
+            conditioned=True)
         pack_row(self.batch, 0, clips, self.config.packing, self.config.model.patch)
         self.batch = jax.tree.map(jnp.asarray, self.batch)
         self.compiled = jax.jit(functools.partial(

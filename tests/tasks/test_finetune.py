@@ -167,7 +167,7 @@ def test_guidance_pushes_away_from_the_empty_caption(run, parts):
     def latents_of(prompt, **settings):
         sampler = diffusion.make_sampler(
             config, model, vae, embed=text_embeddings.embedder(config, text), **settings)
-        return sampler._latents(params, [Request(prompt, VideoSpec(5, 32, 32), 8.0, seed=0)])[0]
+        return sampler.latents(params, [Request(prompt, VideoSpec(5, 32, 32), 8.0, seed=0)])[0]
 
     empty = latents_of("", guidance=2.0)
     prompt = "a red circle moves right up"  # in no cache: the encoder is asked
