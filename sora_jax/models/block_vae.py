@@ -16,61 +16,41 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sora_jax.models.causal_conv import CausalConv
-from sora_jax.models.vae_blocks import NormKind, ResidualBlock, fold_pixels, unfold_pixels
+from sora_jax.models.vae_blocks import NormKind, ResidualBlock
 from sora_jax.models.vae_blocks_linear import LatentsToBlocks, fold_blocks
 
 if TYPE_CHECKING:
     from sora_jax.models.video_vae import VideoVAEConfig
 
 
-def refined(config: VideoVAEConfig, x_BTHWC, num_blocks: int, prefix: str = ""):
-    """Residual blocks at every position by itself; called within a module."""
+def refined(config: VideoVAEConfig, x_BTHWC, num_blocks: int):
+    """Residual blocks at every position by itself, then norm and silu; called within a module."""
     norm = NormKind(config.norm_eps, config.norm_groups)
     for i in range(num_blocks):
         x_BTHWC = ResidualBlock(x_BTHWC.shape[-1], (1, 1, 1), norm,
-                                product_dtype=config.product_dtype, name=f"{prefix}block_{i}")(
-                                    x_BTHWC)
-    return x_BTHWC
-
-
-def normed(config: VideoVAEConfig, x_BTHWC):
-    """Norm and silu before the last layer."""
-    norm = NormKind(config.norm_eps, config.norm_groups)
+                                product_dtype=config.product_dtype, name=f"block_{i}")(x_BTHWC)
     return nn.silu(norm.module("norm_out")(x_BTHWC))
 
 
-def level_prefix(config: VideoVAEConfig, level: int) -> str:
-    """Of the names of a level's blocks; the VAE of one level has none."""
-    return f"level_{level}_" if len(config.encoder_dims) > 1 else ""
-
-
 class BlockEncoder(nn.Module):
-    """Pixels -> mean and log variance stacked on channels (2 * z_dim), one block at a time.
-
-    Each level after the first works on the 2 x 2 blocks of the level before.
-    """
+    """Pixels -> mean and log variance stacked on channels (2 * z_dim), one block at a time."""
 
     config: VideoVAEConfig
     out_scale: float
 
     @nn.compact
     def __call__(self, pixels_BTHWC, first: bool = True):
-        config = self.config
+        config, (width,) = self.config, self.config.encoder_dims
         point = dict(kernel_size=(1, 1, 1), product_dtype=config.product_dtype)
-        first_BTHWC, later_BTHWC = fold_blocks(pixels_BTHWC, config.finest_blocks, first)
+        first_BTHWC, later_BTHWC = fold_blocks(pixels_BTHWC, config.compression, first)
         parts = []
         if first:
-            parts.append(CausalConv(config.encoder_dims[0], name="first_in", **point)(first_BTHWC))
+            parts.append(CausalConv(width, name="first_in", **point)(first_BTHWC))
         if later_BTHWC.shape[1]:
-            parts.append(CausalConv(config.encoder_dims[0], name="later_in", **point)(later_BTHWC))
-        x_BTHWC = jnp.concatenate(parts, axis=1)
-        for level, width in enumerate(config.encoder_dims):
-            if level:
-                x_BTHWC = CausalConv(width, name=f"level_{level}_in", **point)(
-                    fold_pixels(x_BTHWC, 2))
-            x_BTHWC = refined(config, x_BTHWC, config.num_res_blocks, level_prefix(config, level))
-        return CausalConv(2 * config.z_dim, name="conv_out", init_scale=self.out_scale, **point)(
-            normed(config, x_BTHWC))
+            parts.append(CausalConv(width, name="later_in", **point)(later_BTHWC))
+        x_BTHWC = refined(config, jnp.concatenate(parts, axis=1), config.num_res_blocks)
+        return CausalConv(2 * config.z_dim, name="conv_out", init_scale=self.out_scale,
+                          **point)(x_BTHWC)
 
 
 class BlockDecoder(nn.Module):
@@ -81,16 +61,9 @@ class BlockDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, latents_BTHWC, first: bool = True):
-        config = self.config
-        x_BTHWC = CausalConv(config.decoder_dims[-1], config.latent_kernel, name="conv_in",
+        config, (width,) = self.config, self.config.decoder_dims
+        x_BTHWC = CausalConv(width, config.latent_kernel, name="conv_in",
                              product_dtype=config.product_dtype)(latents_BTHWC)
-        for level in reversed(range(len(config.decoder_dims))):
-            x_BTHWC = refined(
-                config, x_BTHWC, config.num_res_blocks + 1, level_prefix(config, level))
-            if level:
-                x_BTHWC = unfold_pixels(
-                    CausalConv(4 * config.decoder_dims[level - 1], (1, 1, 1),
-                               name=f"level_{level}_out", product_dtype=config.product_dtype)(
-                                   x_BTHWC), 2)
-        return LatentsToBlocks(config.finest_blocks, config.in_channels, self.out_scale,
-                               name="out")(normed(config, x_BTHWC), first)
+        x_BTHWC = refined(config, x_BTHWC, config.num_res_blocks + 1)
+        return LatentsToBlocks(
+            config.compression, config.in_channels, self.out_scale, name="out")(x_BTHWC, first)

@@ -58,7 +58,7 @@ class VideoVAEConfig:
     """Pixels per side folded into channels before the first convolution."""
     patch_frames: int = 1
     """More than 1: the VAE of blocks (block_vae.py), each latent from patch_frames x patch_size x
-    patch_size pixels; each level after the first takes 2 x 2 of these."""
+    patch_size pixels, with one level."""
     residual: bool = False
     """Whether mean-pool and repeat shortcuts lead around each level as in Wan 2.2; upsampling then
     keeps its channels. Learns much faster from scratch."""
@@ -111,10 +111,11 @@ class VideoVAEConfig:
         if min(*self.encoder_dims, *self.decoder_dims, self.z_dim, self.patch_size,
                self.patch_frames) < 1:
             raise UserError("vae dims, z_dim, patch_size and patch_frames must be positive")
-        if self.patch_frames > 1 and (any(self.temporal_downsample) or self.residual):
+        if self.patch_frames > 1 and (levels > 1 or self.residual):
             raise UserError(
-                f"vae patch_frames = {self.patch_frames} (a VAE of blocks) takes neither "
-                f"temporal_downsample {self.temporal_downsample} nor residual {self.residual}")
+                f"vae patch_frames = {self.patch_frames} (a VAE of blocks) takes one level without "
+                f"residual shortcuts, not encoder_dims {self.encoder_dims}, residual "
+                f"{self.residual}")
         if self.residual:
             self._check_shortcuts()
 
@@ -148,11 +149,6 @@ class VideoVAEConfig:
         return Compression(
             time=self.patch_frames * 2 ** sum(self.temporal_downsample),
             space=self.patch_size * 2 ** (len(self.encoder_dims) - 1))
-
-    @property
-    def finest_blocks(self) -> Compression:
-        """Pixels that the finest level of the VAE of blocks takes as one position."""
-        return Compression(time=self.patch_frames, space=self.patch_size)
 
     def kernel(self, level: int) -> tuple[int, int, int]:
         """Kernel (kt, 3, 3) of the residual blocks of a level."""
