@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sora_jax import sharding
 from sora_jax.core.rng import numpy_stream, stream
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.data.packed_rows import PackedClip, empty_rows, num_tokens, pack_row, unpack_row
@@ -65,6 +66,8 @@ class Sampler:
         captions = [max(clip.caption, negative or "", key=text_length) for clip in clips]
         rows = first_fit(lengths, captions, packing)
         latents = [None] * len(requests)
+        mesh = sharding.rows_mesh(packing.rows)
+        params = sharding.on_mesh(params, mesh)
         for first in range(0, len(rows), packing.rows):
             part = rows[first : first + packing.rows]
             batch = empty_rows(packing.rows, packing, patch, self.vae.config.z_dim)
@@ -77,22 +80,24 @@ class Sampler:
                          packing, patch)
                 seed_BS[row, : len(members)] = [requests[i].seed % 2**32 for i in members]
             text = {name: blank[name] for name in ("text_BM", "text_segment_BM")}
-            batch["tokens_BND"] = np.asarray(self._walk(params, batch, text, seed_BS))
+            batch["tokens_BND"] = np.asarray(self._walk(params, mesh, batch, text, seed_BS))
             for row, members in enumerate(part):
                 for segment, i in enumerate(members, 1):
                     latents[i] = unpack_row(batch, row, segment, patch)
         return latents
 
-    def _walk(self, params, batch, blank, seed_BS):
-        """Denoised tokens_BND of packed rows whose tokens are noise."""
+    def _walk(self, params, mesh, batch, blank, seed_BS):
+        """Denoised tokens_BND of packed rows whose tokens are noise; rows are split over a mesh."""
         settings = self.settings
         table = clip_table(batch, settings, self.diffusion)
-        return _sample(
-            self.model, self.vae.channel_std, settings.guidance != 1.0,
-            samplers.is_stochastic(table), params, batch, blank, seed_BS, samplers.pad(table),
-            np.float32(settings.guidance), np.asarray(settings.guidance_interval, np.float32),
-            np.float32(settings.guidance_rescale),
-        )
+        rows = jax.device_put((batch, blank, seed_BS), sharding.batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            return _sample(
+                self.model, self.vae.channel_std, settings.guidance != 1.0,
+                samplers.is_stochastic(table), params, *rows, samplers.pad(table),
+                np.float32(settings.guidance), np.asarray(settings.guidance_interval, np.float32),
+                np.float32(settings.guidance_rescale),
+            )
 
     def _noise(self, request: Request) -> PackedClip:
         shape = (*self.vae.compression.latent_shape(request.spec), self.vae.config.z_dim)
