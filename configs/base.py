@@ -122,6 +122,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "layout": "full",
         "num_space_layers": 0,  # of layout space_then_time
         "window": 0,  # latent frames in patches, of layout window
+        "attention_kernel": "auto",  # by device; or dense | cpu_blocks | cudnn | pallas | splash
         "remat": "none",  # none | dots | full
         "unroll": 6,  # layers of the scan written out; 1 = smallest program
         "compute_dtype": "float32",

@@ -1,10 +1,12 @@
 """Start-up shared by the entry points: allocator settings, the processes of a run, and errors as
 one line."""
 
+import logging
 import os
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 
 from sora_jax import processes
 from sora_jax.core.errors import UserError
@@ -24,18 +26,19 @@ _DEAD = flags.DEFINE_float(
 
 # Without these a train step on CPU spends a sixth of its time in page faults: big arrays are
 # mapped and returned to the system at every step. glibc reads them only when a process starts.
-_MALLOC = {
-    "glibc.malloc.mmap_max": "0",
-    "glibc.malloc.trim_threshold": str(2**40),
-    "glibc.malloc.arena_max": "1",
-}
+ALLOCATOR = ":".join((
+    "glibc.malloc.mmap_max=0",
+    f"glibc.malloc.trim_threshold={2**40}",
+    "glibc.malloc.arena_max=1",
+))
 
 
 def start(main) -> None:
     """Runs an absl main and shows a UserError as one line (exit 2)."""
 
     def guarded(argv):
-        logging.set_verbosity(logging.WARNING)  # the libraries' own progress notes are not ours
+        absl_logging.set_verbosity(absl_logging.WARNING)  # libraries' progress notes are not ours
+        logging.getLogger("sora_jax").setLevel(logging.INFO)
         try:
             return main(argv)
         except UserError as error:
@@ -95,5 +98,5 @@ def tune_allocator() -> None:
     """
     if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
         return
-    os.environ["GLIBC_TUNABLES"] = ":".join(f"{k}={v}" for k, v in _MALLOC.items())
+    os.environ["GLIBC_TUNABLES"] = ALLOCATOR
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -84,6 +84,22 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     )
 
 
+def rows_mesh(num_rows: int) -> Mesh:
+    """A mesh of as many of this process's devices as the rows divide over."""
+    devices = jax.local_devices()
+    return make_mesh(MeshConfig(), devices[: math.gcd(num_rows, len(devices))])
+
+
+def on_mesh(tree, mesh: Mesh):
+    """The tree for programs on the mesh: arrays that lie on all its devices and no others as they
+    are, however they are split; all else whole on each."""
+    def place(x):
+        there = isinstance(x, jax.Array) and x.sharding.device_set == set(mesh.devices.flat)
+        return x if there else jax.device_put(x, replicated(mesh))
+
+    return jax.tree.map(place, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import use_abstract_mesh
 
 from sora_jax import sharding, train_state
 from sora_jax.core.rng import stream
@@ -14,7 +15,8 @@ def state_functions(config, task: Task, tx, mesh):
     param_shardings = sharding.param_shardings(boxed, mesh)
 
     def create():
-        params = sharding.unbox(task.init(stream(config.seed, "init")))
+        with use_abstract_mesh(mesh.abstract_mesh):
+            params = sharding.unbox(task.init(stream(config.seed, "init")))
         return train_state.create(params, tx)
 
     abstract = jax.eval_shape(create)
@@ -36,13 +38,17 @@ def with_initial(task: Task, create, shardings):
 
 
 def make_step(config, task: Task, tx, mesh, shardings):
-    """(state, batch) -> (state, scalars), compiled; the state's buffers are reused."""
+    """(state, batch) -> (state, scalars), compiled; the state's buffers are reused.
+
+    The loss is traced under the mesh, so that attention's kernels run on every device's own rows.
+    """
 
     def step(state, batch):
         key = stream(config.seed, "train", state.step)
-        (loss, scalars), grads = jax.value_and_grad(task.loss, has_aux=True)(
-            state.params, batch, key
-        )
+        with use_abstract_mesh(mesh.abstract_mesh):
+            (loss, scalars), grads = jax.value_and_grad(task.loss, has_aux=True)(
+                state.params, batch, key
+            )
         state, update = train_state.apply_gradients(
             state, grads, tx, config.optim.ema_decay, loss
         )

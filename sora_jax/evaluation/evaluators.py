@@ -6,7 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from sora_jax import metrics
+from sora_jax import metrics, sharding
 from sora_jax.core.rng import stream
 from sora_jax.data import pipeline, pixel_batches
 from sora_jax.data.clip_plan import clip_plan
@@ -71,13 +71,17 @@ def validation_loss(config: RunConfig, model, data_std, params, held_out, text=N
     loader = pipeline.packed_batches(held_out, packing, config.model.patch, seed=0, num_threads=0,
                                      text=text)
     error_fn = jax.jit(diffusion.clip_errors, static_argnums=(0, 1))
+    mesh = sharding.rows_mesh(packing.rows)
+    params = sharding.on_mesh(params, mesh)
     total = weight = clips = step = 0.0
     while clips < config.evaluation.num_loss_clips:
         batch = loader.batch(int(step))
+        on_devices = jax.device_put(batch, sharding.batch_sharding(mesh))
         for i, value in enumerate(config.evaluation.loss_times):
             time_BS = jnp.full(batch["clip_BSF"].shape[:2], value, jnp.float32)
             key = stream(config.evaluation.seed, "validation", int(step), i)
-            error_BS, tokens_BS = error_fn(model, data_std, params, batch, time_BS, key)
+            with jax.set_mesh(mesh):
+                error_BS, tokens_BS = error_fn(model, data_std, params, on_devices, time_BS, key)
             total += float((error_BS * tokens_BS).sum())
             weight += float(tokens_BS.sum())
         clips += int((batch["clip_BSF"][..., 0] > 0).sum())

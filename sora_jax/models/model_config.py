@@ -52,6 +52,7 @@ class ModelConfig:
     layout: str = "full"
     num_space_layers: int = 0
     window: int = 0
+    attention_kernel: str = "auto"
 
     def __post_init__(self):
         if self.text_attention not in CHOICES["text"]:

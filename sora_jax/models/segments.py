@@ -40,3 +40,24 @@ def patch_extent(position_BN3, segment_BN, max_clips: int):
     """Size (B, S, 3) of every clip in patches: one more than its largest position."""
     member_BNS1 = (segment_BN[..., None] == jnp.arange(1, max_clips + 1))[..., None]
     return jnp.max(jnp.where(member_BNS1, position_BN3[:, :, None] + 1, 0), axis=1)
+
+
+def clips_together(segment_BN):
+    """(there, back), int32 (2, B, N): the order that puts clips one after the other, each clip's
+    tokens in their order and padding last, and its inverse."""
+    there_BN = jnp.argsort(
+        jnp.where(segment_BN > 0, segment_BN, jnp.iinfo(jnp.int32).max), axis=1, stable=True)
+    return jnp.stack([there_BN, jnp.argsort(there_BN, axis=1)]).astype(jnp.int32)
+
+
+@jax.custom_vjp
+def by_order(x_BN, there_BN, back_BN):
+    """Tokens (B, N, ...) in the order there_BN, of which back_BN is the inverse: so the gradient is
+    a gather too, where JAX would scatter."""
+    index = there_BN.reshape(*there_BN.shape, *(1,) * (x_BN.ndim - 2))
+    return jnp.take_along_axis(x_BN, index, axis=1, mode="clip")
+
+
+by_order.defvjp(
+    lambda x_BN, there_BN, back_BN: (by_order(x_BN, there_BN, back_BN), (there_BN, back_BN)),
+    lambda orders, gradient: (by_order(gradient, *orders[::-1]), None, None))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sora_jax.core.errors import UserError
-from sora_jax.models.attention import attention
+from sora_jax.models.attention import Plan, attention, attention_plan
 from sora_jax.models.layers import Linear, RMSNorm, layer_norm
 
 NUM_BYTE_IDS = 258  # 0 padding, 1 begin, then the 256 bytes
@@ -100,8 +100,9 @@ class TextBytes(nn.Module):
         )
         offset_BW = jnp.minimum(offsets_in_segment(word_segment_BW), config.max_words - 1)
         x_BWD += 0.2 * table("position_table", config.max_words)[offset_BW]
+        plan = attention_plan(word_segment_BW, word_segment_BW, config.width // config.num_heads)
         for i in range(config.num_layers):
-            x_BWD = TextBlock(config, name=f"block_{i}")(x_BWD, word_segment_BW)
+            x_BWD = TextBlock(config, name=f"block_{i}")(x_BWD, word_segment_BW, plan)
         return RMSNorm(name="norm")(x_BWD), word_segment_BW
 
 
@@ -111,12 +112,12 @@ class TextBlock(nn.Module):
     config: TextBytesConfig
 
     @nn.compact
-    def __call__(self, x_BMD, segment_BM):
+    def __call__(self, x_BMD, segment_BM, plan: Plan):
         B, M, D = x_BMD.shape
         heads = self.config.num_heads
         qkv = Linear(3 * D, ("embed", "heads"), name="qkv")(layer_norm(x_BMD))
         q, k, v = jnp.split(qkv.reshape(B, M, 3 * heads, D // heads), 3, axis=2)
-        y = attention(q, k, v, segment_BM, segment_BM).reshape(B, M, D)
+        y = attention(q, k, v, segment_BM, segment_BM, plan=plan).reshape(B, M, D)
         x_BMD += Linear(D, ("heads", "embed"), name="out")(y)
         y = Linear(self.config.mlp_ratio * D, ("embed", "mlp"), name="mlp_in")(layer_norm(x_BMD))
         return x_BMD + Linear(D, ("mlp", "embed"), name="mlp_out")(nn.gelu(y))

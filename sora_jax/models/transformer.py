@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sora_jax.core.errors import UserError
-from sora_jax.models.attention_layouts import layer_kinds, layout_segments
+from sora_jax.models.attention_layouts import layer_kinds
+from sora_jax.models.attention_plans import plan_meetings
 from sora_jax.models.layers import (
     INIT_ZERO,
     LayerNorm,
@@ -20,7 +21,13 @@ from sora_jax.models.layers import (
 )
 from sora_jax.models.neighbours import neighbour_index, neighbourhood
 from sora_jax.models.positions import fractional_features, rotary_angles, sincos2d, sincos3d
-from sora_jax.models.segments import by_segment, mean_by_segment, patch_extent
+from sora_jax.models.segments import (
+    by_order,
+    by_segment,
+    clips_together,
+    mean_by_segment,
+    patch_extent,
+)
 from sora_jax.models.text_bytes import TextBytes
 from sora_jax.models.transformer_blocks import Context, TransformerBlock, spread
 from sora_jax.models.transformer_config import REMAT_POLICIES, TransformerConfig
@@ -39,7 +46,8 @@ class Transformer(nn.Module):
         """Output (B, N, out_width) float32 for noised tokens of a packed batch.
 
         Args:
-          batch: tokens_BND, segment_BN, position_BN3, and where the options read them:
+          batch: tokens_BND, segment_BN (clips 1 to S in any order, the tokens of each in one run;
+            so also for text and image tokens), position_BN3, and where the options read them:
             text_segment_BM with text_embedding_BMD or (text_bytes) byte ids text_BM; label_BS;
             clip_BSF; image_embedding_BLD with image_segment_BL; extent_BS3, the size of clips in
             patches, without which the largest position of a clip tells it.
@@ -68,15 +76,12 @@ class Transformer(nn.Module):
         context = Context(
             condition=condition, text_condition_BSD=per_clip, owner_BN=owner_BN,
             table=shared, text_table=text_shared,
-            segments=tuple(layout_segments(
-                config.layout, segment_BN, batch["position_BN3"], config.window)),
-            segment_BN=segment_BN,
+            meetings=plan_meetings(config, batch, text_segment_BM, time_BS.shape[1]),
             angles_BNP=rotary_angles(
                 batch["position_BN3"], config.head_width, config.rope_theta, config.rope_split
             ) if config.rope else None,
             text_BMD=None if joint else text, text_segment_BM=text_segment_BM,
             image_BLD=self.image_tokens(batch, dtype),
-            image_segment_BL=batch.get("image_segment_BL"),
             neighbour_BNO=neighbour_index(
                 batch["position_BN3"], extent_BN3, segment_BN) if config.local_width else None,
         )
@@ -156,8 +161,10 @@ class Transformer(nn.Module):
             raise UserError("times per token need modulation 'linear' or 'table', it is 'none'")
         clip_S = jnp.arange(1, condition_BSD.shape[1] + 1)
         there_BS = jnp.where((segment_BN[..., None] == clip_S).any(1), clip_S, 0)
-        return (jnp.concatenate([text.astype(condition_BSD.dtype), condition_BSD], axis=1),
-                jnp.concatenate([segment_BM, there_BS.astype(segment_BM.dtype)], axis=1))
+        text = jnp.concatenate([text.astype(condition_BSD.dtype), condition_BSD], axis=1)
+        segment_BM = jnp.concatenate([segment_BM, there_BS.astype(segment_BM.dtype)], axis=1)
+        there, back = clips_together(segment_BM)  # each clip in one run, as kernels ask
+        return (by_order(text, there, back), jnp.take_along_axis(segment_BM, there, axis=1))
 
     def shared_modulation(self, condition, per_clip):
         """The part of the table modulation that is one for all blocks, for the clip's tokens and

@@ -10,7 +10,7 @@ import typing
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sora_jax.models.attention import attention
+from sora_jax.models.attention_plans import Meetings, attention_dtype
 from sora_jax.models.layers import (
     INIT_LINEAR,
     INIT_ZERO,
@@ -33,8 +33,8 @@ class Context(typing.NamedTuple):
     text_condition_BSD: of every clip, for joint text.
     owner_BN: the clip of a token, 1 to S; 0 for padding.
     table, text_table: what the table modulation adds to every block's own, shaped like the above.
-    segments: (B, N) numbers per kind of layer; segment_BN: the clip.
-    text_BMD, text_segment_BM: cross-attended text; image_BLD, image_segment_BL: image tokens.
+    text_BMD: cross-attended text; text_segment_BM: of any text; image_BLD: image tokens.
+    meetings: who attends to whom, with the kernel's plan.
     neighbour_BNO: where a token's neighbours stand, see `neighbours.neighbour_index`.
     """
 
@@ -43,13 +43,11 @@ class Context(typing.NamedTuple):
     owner_BN: jnp.ndarray | None
     table: jnp.ndarray | None
     text_table: jnp.ndarray | None
-    segments: tuple
-    segment_BN: jnp.ndarray
+    meetings: Meetings
     angles_BNP: jnp.ndarray | None
     text_BMD: jnp.ndarray | None
     text_segment_BM: jnp.ndarray | None
     image_BLD: jnp.ndarray | None
-    image_segment_BL: jnp.ndarray | None
     neighbour_BNO: jnp.ndarray | None
 
 
@@ -66,18 +64,13 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, streams, kind, context: Context):
-        """kind: which of context.segments this layer attends in. streams: the clip's tokens, and
-        the text's where text is joint, else None."""
+        """kind: which of the layout's segments this layer attends in. streams: the clip's tokens,
+        and the text's where text is joint, else None."""
         x, text = streams
         mods = self.modulations(context)
-        attends = 2 if self.config.layout == "space_and_time" else 1
-        segments = context.segments
-        if attends == 1:
-            segment = segments[0] if len(segments) == 1 else jnp.stack(segments)[kind]
-            segments = (segment,)
-        for number, segment in enumerate(segments):
+        for number, meeting in enumerate(context.meetings.of_layer(kind, self.config)):
             prefix = "" if number == 0 else "time_"
-            x, text = self.self_attend(x, text, segment, prefix, mods[number], context)
+            x, text = self.self_attend(x, text, meeting, prefix, mods[number], context)
         if self.config.text == "cross":
             x = x + self.cross_attend(x, context)
         return self.feed_forward(x, text, mods[-1]), None
@@ -111,7 +104,7 @@ class TransformerBlock(nn.Module):
             own, texts = own[0::2], texts[1::2]
         return list(zip(own, texts, strict=True))
 
-    def self_attend(self, x, text, segment, prefix, mods, context):
+    def self_attend(self, x, text, meeting, prefix, mods, context):
         """Both streams after attention to each other (joint) or to x itself."""
         config = self.config
         width = config.width
@@ -128,14 +121,13 @@ class TransformerBlock(nn.Module):
         if context.angles_BNP is not None:
             q, k = rotate(q, context.angles_BNP), rotate(k, context.angles_BNP)
         if text is None:
-            y = self.attend(q, k, v, segment, segment).reshape(x.shape)
+            y = self.attend(q, k, v, meeting).reshape(x.shape)
             y = self.beside_neighbours(y, h, context) if local else y
             return x + _gated(outs[0](y), mods[0]), None
         theirs = self.heads(maps[1](_modulated(norms[1](text), mods[1])), qk_norms[1])
         q, k, v = (jnp.concatenate(pair, axis=1)
                    for pair in zip(theirs, (q, k, v), strict=True))
-        both = jnp.concatenate([context.text_segment_BM, segment], axis=1)
-        y = self.attend(q, k, v, both, both)
+        y = self.attend(q, k, v, meeting)
         y = y.reshape(*y.shape[:2], width)
         text_y, y = y[:, :text.shape[1]], y[:, text.shape[1]:]
         y = self.beside_neighbours(y, h, context) if local else y
@@ -155,16 +147,16 @@ class TransformerBlock(nn.Module):
         q_norm, k_norm = self.qk_norms("cross_")
         q = q_norm(self.linear(width, ("embed", "heads"), "cross_q")(norm(x)))
 
-        def read(name, tokens, key_norm, segment):
+        def read(name, tokens, key_norm, meeting):
             kv = self.linear(2 * width, ("text", "heads"), name)(tokens)
             k, v = jnp.split(kv, 2, axis=-1)
             k, v = key_norm(k), v.reshape(*v.shape[:2], heads, config.head_width)
-            return self.attend(q, k, v, context.segment_BN, segment).reshape(x.shape)
+            return self.attend(q, k, v, meeting).reshape(x.shape)
 
-        y = read("cross_kv", context.text_BMD, k_norm, context.text_segment_BM)
+        y = read("cross_kv", context.text_BMD, k_norm, context.meetings.text)
         if context.image_BLD is not None:
             image_norm = self.qk_norm("image_k_norm")
-            y = y + read("image_kv", context.image_BLD, image_norm, context.image_segment_BL)
+            y = y + read("image_kv", context.image_BLD, image_norm, context.meetings.image)
         return self.linear(width, ("heads", "embed"), "cross_out", init=INIT_ZERO)(y)
 
     def feed_forward(self, x, text, mods):
@@ -190,8 +182,8 @@ class TransformerBlock(nn.Module):
             return own, make(f"text_{name}")
         return own, own
 
-    def attend(self, q, k, v, q_segment, k_segment):
-        return attention(q, k, v, q_segment, k_segment, self.config.product_dtype or "float32")
+    def attend(self, q, k, v, meeting):
+        return meeting.attend(q, k, v, attention_dtype(self.config))
 
     def linear(self, features, axes, name, use_bias=True, init=INIT_LINEAR):
         return Linear(features, axes, use_bias=use_bias, init=init,

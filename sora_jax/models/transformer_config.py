@@ -13,6 +13,7 @@ import dataclasses
 import jax
 
 from sora_jax.core.errors import UserError
+from sora_jax.models.attention import KERNELS
 from sora_jax.models.text_bytes import TextBytesConfig
 
 REMAT_POLICIES = {
@@ -30,6 +31,7 @@ CHOICES = {
     "position": ("none", "learned", "factorised", "fractional", "sincos2d", "sincos3d"),
     "layout": ("full", "alternate", "space_then_time", "space_and_time", "window"),
     "remat": tuple(REMAT_POLICIES),
+    "attention_kernel": ("auto", *KERNELS),
 }
 
 
@@ -65,8 +67,9 @@ class TransformerConfig:
       beside attention; patches are read with theirs, too. 0: attention alone. In the
       spirit of the convolutions in SANA's MLP (arXiv 2410.10629).
     remat: what of a block is computed again for gradients; unroll: layers of the scan written out.
-    compute_dtype: of activations. product_dtype: of the operands of large matrix products, whose
-      sums are float32; None: that of the activations, and float32 inside attention.
+    attention_kernel: of all attention in blocks, a name of `attention.KERNELS`; auto: by device.
+    compute_dtype: of activations. product_dtype: of the operands of large matrix products and of
+      attention's, whose sums are float32; None: that of the activations.
     """
 
     patch: tuple[int, int, int]
@@ -113,6 +116,7 @@ class TransformerConfig:
     window: int = 0
     remat: str = "none"
     unroll: int = 1
+    attention_kernel: str = "auto"
     compute_dtype: str = "float32"
     product_dtype: str | None = None
 

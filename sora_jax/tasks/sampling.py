@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sora_jax import sharding
 from sora_jax.core.rng import stream
 from sora_jax.data.packed_rows import unpack_row
 from sora_jax.data.packing import PackingConfig
@@ -63,20 +64,23 @@ class Sampler:
         return self._packed(params, requests, self._walk_back)
 
     def _packed(self, params, requests, walk):
-        """What walk(params, rows, requests of rows) makes of the requests, packed into rows."""
+        """What walk(params, rows, mesh) makes of the requests, packed into rows; these are split
+        over the mesh."""
         patch = self.model.config.patch
         latents = [None] * len(requests)
+        mesh = sharding.rows_mesh(self.packing.rows)
+        params = sharding.on_mesh(params, mesh)
         for rows in plan_rows(
             requests, self.packing, patch, self.vae, self.settings.negative_prompt, self.embed
         ):
-            tokens_BND, batch = walk(params, rows)
+            tokens_BND, batch = walk(params, rows, mesh)
             batch = {**batch, "tokens_BND": np.asarray(tokens_BND)}
             for row, members in enumerate(rows.members):
                 for segment, i in enumerate(members, 1):
                     latents[i] = unpack_row(batch, row, segment, patch)
         return latents
 
-    def _walk(self, params, rows: "Rows"):
+    def _walk(self, params, rows: Rows, mesh):
         """(denoised tokens_BND, batch) of packed rows."""
         settings, batch = self.settings, rows.pack()
         negative = rows.texts(lambda request: settings.negative_prompt or None)
@@ -91,27 +95,32 @@ class Sampler:
             batch["tokens_BND"] = process.corrupt(
                 edited["source_BND"], batch["tokens_BND"], start_BN1)
         table = clip_table(batch, settings, self.diffusion) if table is None else table
-        return _sample(
-            self.model, data_std(self.diffusion, self.vae), settings.guidance != 1.0,
-            samplers.is_stochastic(table), self.sees_clean, params, batch, negative,
-            rows.of_clips(lambda request: request.seed % 2**32, 0).astype(np.uint32),
-            samplers.pad(table), np.float32(settings.guidance),
-            np.asarray(settings.guidance_interval, np.float32),
-            np.float32(settings.guidance_rescale), edited,
-        ), batch
+        seed_BS = rows.of_clips(lambda request: request.seed % 2**32, 0).astype(np.uint32)
+        arrays = jax.device_put(
+            (batch, negative, seed_BS, edited), sharding.batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            return _sample(
+                self.model, data_std(self.diffusion, self.vae), settings.guidance != 1.0,
+                samplers.is_stochastic(table), self.sees_clean, params, *arrays,
+                samplers.pad(table), np.float32(settings.guidance),
+                np.asarray(settings.guidance_interval, np.float32),
+                np.float32(settings.guidance_rescale),
+            ), batch
 
-    def _walk_back(self, params, rows: "Rows"):
+    def _walk_back(self, params, rows: Rows, mesh):
         """(tokens_BND of noise, batch) of packed rows whose clips are the sources."""
         batch = {**rows.pack(), "tokens_BND": rows.edits()["source_BND"]}
         settings = dataclasses.replace(self.settings, sampler="heun", eta=0.0)
         table = clip_table(batch, settings, self.diffusion, inverted=True)
-        unused = np.zeros(batch["clip_BSF"].shape[:2], np.uint32)
-        text = text_fields(batch)
-        return _sample(
-            self.model, data_std(self.diffusion, self.vae), False, False, False, params, batch,
-            text, unused, samplers.pad(table), np.float32(1), np.zeros(2, np.float32),
-            np.float32(0), None,
-        ), batch
+        seed_BS = np.zeros(batch["clip_BSF"].shape[:2], np.uint32)  # not read
+        arrays = jax.device_put(
+            (batch, text_fields(batch), seed_BS, None), sharding.batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            return _sample(
+                self.model, data_std(self.diffusion, self.vae), False, False, False, params,
+                *arrays, samplers.pad(table), np.float32(1), np.zeros(2, np.float32),
+                np.float32(0),
+            ), batch
 
 
 def data_std(diffusion: DiffusionConfig, vae: FrozenVAE) -> tuple[float, ...] | None:
@@ -166,8 +175,8 @@ def velocity(model: Transformer, data_std, params, batch: dict, noised_BND, time
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _sample(model, data_std, guided, stochastic, sees_clean, params, batch, blank, seed_BS, table,
-            scale, interval, rescale, edited):
+def _sample(model, data_std, guided, stochastic, sees_clean, params, batch, blank, seed_BS, edited,
+            table, scale, interval, rescale):
     """Denoised tokens_BND: one program for all samplers, steps and guidance values of a shape.
 
     edited: of `Rows.edits`, or None: then no token is known.

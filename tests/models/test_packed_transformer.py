@@ -11,6 +11,7 @@ import pytest
 
 from sora_jax.data.packed_rows import PackedClip, empty_rows, pack_row
 from sora_jax.data.packing import PackingConfig
+from sora_jax.models.attention_kernels import cpu_blocks
 from sora_jax.models.model_config import ModelConfig
 from sora_jax.models.text_bytes import TextBytesConfig
 from sora_jax.models.transformer import Transformer
@@ -116,6 +117,32 @@ def test_a_clip_alone_in_a_row_equals_the_same_clip_packed(params):
     outputs = apply({"params": params}, alone, np.array([[0.3], [0.6], [0.9]], np.float32))
     for i in range(3):
         np.testing.assert_allclose(together[segment_N == i + 1], outputs[i], atol=5e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shuffling_the_clips_of_a_row_only_shuffles_its_outputs(params, seed, monkeypatch):
+    """Random plans: any number of clips of any sizes, captions and times, in any two orders."""
+    monkeypatch.setattr(cpu_blocks, "_block", lambda x_BN: 8)
+    rng = np.random.default_rng(seed)
+    clips = []
+    while len(clips) < PACKING.max_clips:
+        shape = (int(rng.integers(1, 4)), 2 * int(rng.integers(1, 4)), 2 * int(rng.integers(1, 4)))
+        if sum(c.latents_THWC[..., 0].size // 4 for c in clips) + np.prod(shape) // 4 > 32:
+            break
+        clips.append(clip(rng.integers(1000), shape, "abcdefgh i jkl"[: rng.integers(0, 15)]))
+    times = rng.uniform(size=len(clips))
+    order = np.roll(np.arange(len(clips)), 1) if seed == 0 else rng.permutation(len(clips))
+    options = dataclasses.replace(OPTIONS, attention_kernel=("dense", "cpu_blocks")[seed % 2])
+    one, two = packed(clips), packed([clips[i] for i in order])
+    ours, theirs = (
+        np.asarray(run(params, batch, t, options=options)[0][1])[0]
+        for batch, t in ((one, times), (two, times[order])))
+    assert len(clips) > 1
+    for place, number in enumerate(order, 1):
+        mine = ours[one["segment_BN"][0] == number + 1]
+        assert np.abs(mine).max() > 0.1
+        np.testing.assert_allclose(
+            theirs[two["segment_BN"][0] == place], mine, rtol=1e-4, atol=5e-5)
 
 
 def test_the_caption_matters(params):

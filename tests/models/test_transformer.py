@@ -46,8 +46,9 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 def random_params(config, scale=0.3):
     """Every weight is random: at initialisation a transformer outputs zeros."""
-    params = init(config)
-    leaves, structure = jax.tree.flatten(params)
+    params = jax.eval_shape(
+        Transformer(config).init, jax.random.key(0), example_batch(config), jnp.zeros((1, 1)))
+    leaves, structure = jax.tree.flatten(unbox(params["params"]))
     rng = np.random.default_rng(1)
     return jax.tree.unflatten(
         structure, [scale * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
