@@ -100,3 +100,28 @@ def sinusoid(value, width: int, max_period: float = 10_000.0, shift: float = 0.0
     frequencies = jnp.exp(-math.log(max_period) * steps)
     angles = value[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def settled(x):
+    """x; its gradient is held in memory once on a single CPU device.
+
+    Where layers are written out, XLA on CPU fuses the gradient of a residual stream into each of
+    its uses, and so adds up all later layers again in every layer: 1.16x of a step at 12 layers.
+    """
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return _settled(x) if alone else x
+
+
+@jax.custom_vjp
+def _settled(x):
+    return x
+
+
+def _settled_backward(_, gradient):
+    # A branch is the one thing that XLA does not fuse here. Only a gradient that is not finite
+    # takes the other one, and a step with such a gradient changes nothing.
+    finite = gradient.ravel()[0] > -jnp.inf
+    return (jax.lax.cond(finite, lambda g: g, lambda g: g + g, gradient),)
+
+
+_settled.defvjp(lambda x: (x, None), _settled_backward)

@@ -19,6 +19,7 @@ from sora_jax.models.layers import (
     RMSNorm,
     layer_norm,
     modulate,
+    settled,
 )
 from sora_jax.models.neighbours import neighbourhood
 from sora_jax.models.positions import rotate
@@ -73,7 +74,7 @@ class TransformerBlock(nn.Module):
             x, text = self.self_attend(x, text, meeting, prefix, mods[number], context)
         if self.config.text == "cross":
             x = x + self.cross_attend(x, context)
-        return self.feed_forward(x, text, mods[-1]), None
+        return self.feed_forward(settled(x), text, mods[-1]), None
 
     def modulations(self, context):
         """Per sub-layer, for the clip's tokens and the text's: (shift, scale, gate) or None."""
