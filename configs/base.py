@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "diffusion"  # diffusion | vae | features
     config.seed = 0
-    config.num_steps = 1900
+    config.num_steps = 1600
     config.log_every_steps = 20
 
     config.data = ConfigDict({
@@ -245,7 +245,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "init_from": "",  # a workdir whose weights to start from
     })
     config.sampling = ConfigDict({
-        "every_steps": 950,
+        "every_steps": 800,
         "first_step": 20,  # an early sheet; 0 = none
         "num_clips": 16,
         "sampler": "euler",  # or heun, ddim, ddpm, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc
