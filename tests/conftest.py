@@ -2,7 +2,7 @@
 
 Tests compile much and compute little. So LLVM optimizes nothing in the session's own process, and
 what is compiled is kept in one directory for all processes of the session: the commands that
-tests/test_entries.py starts (optimized, as users have them) share most of their programs. What is
+tests/commands.py starts (optimized, as users have them) share most of their programs. What is
 read there is what was written, so results are the same bits; tests/test_resume.py compares a run
 that compiles for itself. Set JAX_COMPILATION_CACHE_DIR to keep the directory for other sessions.
 """

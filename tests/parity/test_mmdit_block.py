@@ -4,6 +4,7 @@ case mmdit_block)."""
 import jax.numpy as jnp
 import numpy as np
 
+from sora_jax.models.attention_plans import plan_meetings
 from sora_jax.models.transformer_blocks import Context, TransformerBlock
 from sora_jax.weights.mmdit_block import block_shapes, export_mmdit_block, import_mmdit_block
 from tests.parity.golden import (
@@ -26,8 +27,8 @@ def test_output_equals_the_published_block():
     condition_BSD = jnp.asarray(case.io["in.temb"][:, None])
     context = Context(**dict.fromkeys(Context._fields))._replace(
         condition=condition_BSD, text_condition_BSD=condition_BSD,
-        owner_BN=segment_BN,
-        segments=(segment_BN,), segment_BN=segment_BN, text_segment_BM=text_segment_BM)
+        owner_BN=segment_BN, text_segment_BM=text_segment_BM,
+        meetings=plan_meetings(config, {"segment_BN": segment_BN}, text_segment_BM, 1))
     (x, text), _ = precise(
         TransformerBlock(config).apply, {"params": params}, (x, text), 0, context)
     assert error(x, case.io["out.hidden_states"]) < TOLERANCE

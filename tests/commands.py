@@ -1,0 +1,19 @@
+"""The commands a user types, as real processes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def call(*arguments, check=True, timeout=600):
+    """The finished process of `python -m ...`, with one CPU device as a user has it."""
+    process = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}, timeout=timeout,
+    )
+    if check:
+        assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return process
