@@ -52,15 +52,14 @@ def train_flops(case: Case) -> float:
 def make_task(case: Case, config: TransformerConfig) -> Task:
     """Velocity loss of the case's clips, each at a time of its own."""
     model, example = Transformer(config), make_batch(case)
-    shape_BS = example["label_BS"].shape
 
     def init(key):
-        return model.init(key, example, jnp.zeros(shape_BS))["params"]
+        return model.init(key, example, jnp.zeros(example["label_BS"].shape))["params"]
 
     def loss(params, batch, key):
         tokens_BND, segment_BN = batch["tokens_BND"], batch["segment_BN"]
         noise_BND = jax.random.normal(stream(key, "noise"), tokens_BND.shape)
-        time_BS = jax.random.uniform(stream(key, "time"), shape_BS)
+        time_BS = jax.random.uniform(stream(key, "time"), batch["label_BS"].shape)
         time_BN1 = by_segment(time_BS[..., None], segment_BN)
         noised_BND = process.corrupt(tokens_BND, noise_BND, time_BN1)
         out = model.apply({"params": params}, {**batch, "tokens_BND": noised_BND}, time_BS)

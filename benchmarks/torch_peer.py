@@ -5,6 +5,8 @@ RMS norms, fused AdamW, foreach clipping and averaging; eager or torch.compile.
 `train_step.py` starts it as a process of its own; it prints lines of JSON (see `worker.py`).
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -87,7 +89,7 @@ class DiT(nn.Module):
         self.patch_out = linear(case.width, case.out_width, zero=True)
 
     def forward(self, tokens, time, label, own, place, angles, mask, text, text_mask):
-        frequency = torch.exp(-np.log(THETA) / 128 * torch.arange(128, device=tokens.device))
+        frequency = torch.exp(-math.log(THETA) / 128 * torch.arange(128, device=tokens.device))
         angle = 1000 * time[..., None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], -1)
         condition = self.time_out(F.silu(self.time_in(features)))

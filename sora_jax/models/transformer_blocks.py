@@ -92,7 +92,8 @@ class TransformerBlock(nn.Module):
 
         def chunks(weights, condition, shared, owner):
             mod = weights(nn.silu(condition)) if linear else shared + weights.astype(shared.dtype)
-            mod = jnp.split(spread(mod, owner), size // config.width, axis=-1)
+            # Spread in parts: one array of all of them would be written and cut again.
+            mod = [spread(x, owner) for x in jnp.split(mod, size // config.width, axis=-1)]
             return [mod[i:i + parts] for i in range(0, len(mod), parts)]
 
         weights = source("mod")
