@@ -172,6 +172,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "latent_temporal_kernel": 3,
         "patch_size": 2,
         "patch_frames": 1,
+        "context_blocks": (0, 0),
+        "context_width": 24,
         "residual": True,
         "block_shortcut": True,
         "product_dtype": "float32",
@@ -185,6 +187,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "reconstruction": "l1",  # l1 | l2 | charbonnier
         "kl_weight": 1e-3,
         "free_nats": 0.0,  # KL of a latent channel that costs nothing
+        "latent_noise": 0.0,  # up to this share of a clip's latents is noise when decoded
         "temporal_weight": 0.0,  # of the error of changes from frame to frame
         "perceptual": "",  # lpips:FILE | distortion:FILE
         "perceptual_weight": 0.0,

@@ -155,6 +155,7 @@ class VAELossConfig:
     reconstruction: str  # "l1", "l2" or "charbonnier"
     kl_weight: float  # nats per latent value against the mean error per pixel value
     free_nats: float = 0.0  # KL of a latent channel (mean per value) that costs nothing
+    latent_noise: float = 0.0  # up to this share of a clip's latents is noise when decoded
     temporal_weight: float = 0.0  # of the error of changes from frame to frame
     perceptual: str = ""  # "lpips:FILE", "distortion:FILE" or "" (none); see tasks/perceptual.py
     perceptual_weight: float = 0.0

@@ -23,6 +23,33 @@ if TYPE_CHECKING:
     from sora_jax.models.video_vae import VideoVAEConfig
 
 
+class ContextBlock(nn.Module):
+    """A position with the latents around it (and before it in time) in few channels, then a
+    residual block by itself."""
+
+    config: VideoVAEConfig
+
+    @nn.compact
+    def __call__(self, x_BTHWC):
+        config, features = self.config, x_BTHWC.shape[-1]
+        norm = NormKind(config.norm_eps, config.norm_groups)
+        point = dict(kernel_size=(1, 1, 1), product_dtype=config.product_dtype)
+        y_BTHWC = CausalConv(config.context_width, name="narrow", **point)(
+            norm.module("norm")(x_BTHWC))
+        x_BTHWC = x_BTHWC + CausalConv(
+            features, config.latent_kernel, name="around", init_scale=0.1,
+            product_dtype=config.product_dtype)(nn.silu(y_BTHWC))
+        return ResidualBlock(features, (1, 1, 1), norm, product_dtype=config.product_dtype,
+                             name="alone")(x_BTHWC)
+
+
+def in_context(config: VideoVAEConfig, x_BTHWC, num_blocks: int):
+    """Context blocks one after the other; called within a module."""
+    for i in range(num_blocks):
+        x_BTHWC = ContextBlock(config, name=f"context_{i}")(x_BTHWC)
+    return x_BTHWC
+
+
 def refined(config: VideoVAEConfig, x_BTHWC, num_blocks: int):
     """Residual blocks at every position by itself, then norm and silu; called within a module."""
     norm = NormKind(config.norm_eps, config.norm_groups)
@@ -48,7 +75,8 @@ class BlockEncoder(nn.Module):
             parts.append(CausalConv(width, name="first_in", **point)(first_BTHWC))
         if later_BTHWC.shape[1]:
             parts.append(CausalConv(width, name="later_in", **point)(later_BTHWC))
-        x_BTHWC = refined(config, jnp.concatenate(parts, axis=1), config.num_res_blocks)
+        x_BTHWC = in_context(config, jnp.concatenate(parts, axis=1), config.context_blocks[0])
+        x_BTHWC = refined(config, x_BTHWC, config.num_res_blocks)
         return CausalConv(2 * config.z_dim, name="conv_out", init_scale=self.out_scale,
                           **point)(x_BTHWC)
 
@@ -64,6 +92,7 @@ class BlockDecoder(nn.Module):
         config, (width,) = self.config, self.config.decoder_dims
         x_BTHWC = CausalConv(width, config.latent_kernel, name="conv_in",
                              product_dtype=config.product_dtype)(latents_BTHWC)
+        x_BTHWC = in_context(config, x_BTHWC, config.context_blocks[1])
         x_BTHWC = refined(config, x_BTHWC, config.num_res_blocks + 1)
         return LatentsToBlocks(
             config.compression, config.in_channels, self.out_scale, name="out")(x_BTHWC, first)

@@ -62,6 +62,10 @@ class VideoVAEConfig:
     residual: bool = False
     """Whether mean-pool and repeat shortcuts lead around each level as in Wan 2.2; upsampling then
     keeps its channels. Learns much faster from scratch."""
+    context_blocks: tuple[int, int] = (0, 0)
+    """Blocks of the encoder and of the decoder of the VAE of blocks that see the latents around."""
+    context_width: int = 24
+    """Channels in which they see them."""
     block_shortcut: bool = False
     """Whether a linear map of each block of pixels (time x space x space of the compression) is
     added to its latent, and one of each latent to its block: principal components are found in

@@ -146,18 +146,34 @@ class Forward:
     last_BTHWC: jax.Array
 
 
-def forward(model: VideoVAE, params, pixels_BTHWC, key) -> Forward:
-    """Encodes, draws latents from the posterior, decodes."""
+def forward(model: VideoVAE, latent_noise: float, params, pixels_BTHWC, key) -> Forward:
+    """Encodes, draws latents from the posterior, mixes noise in, decodes."""
     pixels_BTHWC = to_float(pixels_BTHWC)
     mean_BTHWC, logvar_BTHWC = model.apply({"params": params}, pixels_BTHWC, method="encode")
     logvar_BTHWC = jnp.clip(logvar_BTHWC, *_LOGVAR_RANGE)
     latents_BTHWC = (
         mean_BTHWC + jnp.exp(0.5 * logvar_BTHWC) * jax.random.normal(key, mean_BTHWC.shape))
+    if latent_noise:
+        latents_BTHWC = noised(latents_BTHWC, latent_noise, jax.random.fold_in(key, 2))
     again_BTHWC, kept = model.apply(
         {"params": params}, latents_BTHWC, method="decode", mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name == "norm_out")
     last_BTHWC = nn.silu(kept["intermediates"]["decoder"]["norm_out"]["__call__"][0])
     return Forward(pixels_BTHWC, mean_BTHWC, logvar_BTHWC, again_BTHWC, last_BTHWC)
+
+
+def noised(latents_BTHWC, most: float, key):
+    """Latents on their way to noise of their own size, each clip at a time up to `most`: what the
+    decoder then restores is what a diffusion model need not get right, and the encoder learns
+    latents that tell their clip through noise.
+
+    Source: Yang et al. 2025, "Latent denoising makes good visual tokenizers", equation 1.
+    """
+    of_time, of_noise = jax.random.split(key)
+    time_B1111 = most * jax.random.uniform(of_time, (len(latents_BTHWC), 1, 1, 1, 1))
+    size = jnp.sqrt(jnp.square(latents_BTHWC).mean())
+    noise_BTHWC = size * jax.random.normal(of_noise, latents_BTHWC.shape)
+    return (1 - time_B1111) * latents_BTHWC + time_B1111 * noise_BTHWC
 
 
 def losses(config: RunConfig, perceptual, seen: Forward, key):
@@ -181,7 +197,7 @@ def losses(config: RunConfig, perceptual, seen: Forward, key):
 
 def loss(config: RunConfig, model: VideoVAE, perceptual, params, batch: dict, key):
     """Loss of the reconstruction + kl_weight * mean KL of a latent value, and scalars."""
-    seen = forward(model, params, batch["pixels_BTHWC"], key)
+    seen = forward(model, config.vae_loss.latent_noise, params, batch["pixels_BTHWC"], key)
     pixel_loss, kl_loss, scalars = losses(config, perceptual, seen, key)
     return pixel_loss + kl_loss, scalars
 
@@ -193,7 +209,7 @@ def completed(config: RunConfig, model: VideoVAE, task: Task) -> Task:
     if not vae_adversarial.used(config):
         return task
     return vae_adversarial.with_discriminator(
-        config, task, functools.partial(forward, model),
+        config, task, functools.partial(forward, model, config.vae_loss.latent_noise),
         functools.partial(losses, config, perceptual))
 
 
@@ -233,6 +249,9 @@ def latent_statistics(config: RunConfig, train: Source, params):
     count, mean_C, square_C, variance_C = total[0], *(total[1:] / total[0])
     assert count.min() > 0
     std_C = np.sqrt(square_C - mean_C**2 + variance_C)
+    if config.vae_loss.latent_noise:
+        channel_std_C = std_C / np.sqrt(np.square(std_C).mean())
+        return tuple(x.astype(np.float32) for x in (mean_C, std_C, channel_std_C))
     longest = max(size.frames for size in config.pixels.sizes)
     batch = next(batch for batch in statistics_batches(config, train)
                  if batch["pixels_BTHWC"].shape[1] == longest)
