@@ -166,6 +166,9 @@ class VAELossConfig:
         for name in ("free_nats", "temporal_weight", "perceptual_weight", "perceptual_frames"):
             if getattr(self, name) < 0:
                 raise UserError(f"vae_loss.{name} = {getattr(self, name)} must not be negative")
+        if not 0 <= self.latent_noise <= 1:
+            raise UserError(
+                f"vae_loss.latent_noise = {self.latent_noise} must be a share from 0 to 1")
         if bool(self.perceptual) != bool(self.perceptual_weight):
             raise UserError(
                 f"vae_loss.perceptual = {self.perceptual!r} with perceptual_weight = "

@@ -113,8 +113,14 @@ class VideoVAEConfig:
                 f"vae decoder_dims {self.decoder_dims}: all but the first are halved by "
                 f"upsampling and must be even")
         if min(*self.encoder_dims, *self.decoder_dims, self.z_dim, self.patch_size,
-               self.patch_frames) < 1:
-            raise UserError("vae dims, z_dim, patch_size and patch_frames must be positive")
+               self.patch_frames, self.context_width) < 1:
+            raise UserError(
+                "vae dims, z_dim, patch_size, patch_frames and context_width must be positive")
+        if len(self.context_blocks) != 2 or min(self.context_blocks) < 0 or (
+                any(self.context_blocks) and self.patch_frames == 1):
+            raise UserError(
+                f"vae context_blocks = {self.context_blocks} should be two numbers, of encoder and "
+                f"decoder; those of a pyramid (patch_frames = 1) are (0, 0)")
         if self.patch_frames > 1 and (levels > 1 or self.residual):
             raise UserError(
                 f"vae patch_frames = {self.patch_frames} (a VAE of blocks) takes one level without "

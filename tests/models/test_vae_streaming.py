@@ -23,6 +23,10 @@ CONFIGS = {
     "image": dataclasses.replace(
         WAN_LIKE, temporal_downsample=(False, False), temporal_kernels=(1, 1, 1),
         latent_temporal_kernel=1, norm_groups=2, upsample_halves=False, quant_convs=False),
+    "blocks": VideoVAEConfig(
+        encoder_dims=(8,), decoder_dims=(8,), z_dim=3, temporal_downsample=(), num_res_blocks=1,
+        patch_size=4, patch_frames=2, context_blocks=(1, 2), context_width=4,
+        block_shortcut=True),
 }
 
 

@@ -23,6 +23,7 @@ SHORTCUTS = dataclasses.replace(
 BLOCKS = VideoVAEConfig(
     encoder_dims=(8,), decoder_dims=(8,), z_dim=3, temporal_downsample=(), num_res_blocks=1,
     patch_size=4, patch_frames=2, block_shortcut=True)
+IN_CONTEXT = dataclasses.replace(BLOCKS, context_blocks=(1, 2), context_width=4)
 
 
 def compiled(function):
@@ -30,8 +31,8 @@ def compiled(function):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": "0"})
 
 
-@pytest.fixture(scope="module", params=[WAN_LIKE, SHORTCUTS, BLOCKS],
-                ids=["wan_like", "shortcuts", "blocks"])
+@pytest.fixture(scope="module", params=[WAN_LIKE, SHORTCUTS, BLOCKS, IN_CONTEXT],
+                ids=["wan_like", "shortcuts", "blocks", "in_context"])
 def vae(request):
     """(encode to means, decode, compression, pixels of 1 + 3 blocks of frames), all weights set."""
     model = VideoVAE(request.param)
@@ -96,11 +97,31 @@ def test_sizes_that_do_not_divide_are_refused(shape):
 @pytest.mark.parametrize("changes", [
     {"encoder_dims": (4, 8)}, {"temporal_downsample": (True,)}, {"temporal_kernels": (1, 2, 3)},
     {"patch_frames": 2}, {"num_mid_blocks": 3}, {"encoder_dims": (4, 8, 12)}, {"z_dim": 0},
-    {"residual": False, "decoder_dims": (4, 7, 8)},
+    {"residual": False, "decoder_dims": (4, 7, 8)}, {"context_blocks": (1, 1)},
+    {"context_width": 0},
 ])
 def test_impossible_configs_are_refused(changes):
     with pytest.raises(UserError):
         dataclasses.replace(SHORTCUTS, **changes)
+
+
+def test_context_blocks_see_the_latents_around_and_others_do_not():
+    """How far a latent's own pixels, and a block's own latent, may lie from what tells of it."""
+    for config, to_latent, to_block in ((BLOCKS, 0, 1), (IN_CONTEXT, 1, 3)):
+        model = VideoVAE(config)
+        pixels = jax.random.normal(jax.random.key(0), (1, 1, 4, 4 * 11, 3))
+        params = jax.tree.map(
+            lambda x: 0.2 * jax.random.normal(jax.random.key(1), x.shape),
+            jax.eval_shape(model.init, jax.random.key(1), jnp.zeros((1, 3, 4, 44, 3))))
+        latents = model.apply(params, pixels, method="encode")[0]
+        of_latent = jax.grad(lambda x, m=model, p=params: jnp.abs(
+            m.apply(p, x, method="encode")[0][:, :, :, 5]).sum())(pixels)
+        of_block = jax.grad(lambda z, m=model, p=params: jnp.abs(
+            m.apply(p, z, method="decode")[:, :, :, 20:24]).sum())(latents)
+        seen = np.abs(of_latent).max((0, 1, 2, 4)).reshape(11, 4).max(1).nonzero()[0]
+        read = np.abs(of_block).max((0, 1, 2, 4)).nonzero()[0]
+        assert (seen == np.arange(5 - to_latent, 6 + to_latent)).all()
+        assert (read == np.arange(5 - to_block, 6 + to_block)).all()
 
 
 def test_folding_is_inverted_and_ordered_channel_column_row():

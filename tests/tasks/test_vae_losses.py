@@ -58,6 +58,19 @@ def changed(before, after):
         jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
 
 
+def test_noise_on_latents_keeps_their_size_and_goes_up_to_its_share():
+    latents = 3 * jax.random.normal(jax.random.key(0), (512, 1, 2, 2, 4))
+    latents = latents.at[:256].multiply(2)  # clips differ in size, the noise has that of all
+    mixed = vae.noised(latents, 0.6, jax.random.key(1))
+    kept = (mixed * latents).sum((1, 2, 3, 4)) / jnp.square(latents).sum((1, 2, 3, 4))
+    assert 0.27 < 1 - kept.mean() < 0.33
+    rest = mixed - kept[:, None, None, None, None] * latents
+    size = float(jnp.sqrt(jnp.square(latents).mean()))
+    most = jnp.sqrt(jnp.square(rest).mean((1, 2, 3, 4))).max()
+    assert 0.5 * size < most < 1.1 * size  # at a share of 0.6
+    np.testing.assert_array_equal(vae.noised(latents, 0.0, jax.random.key(1)), latents)
+
+
 def test_the_discriminator_rests_until_its_start_and_then_both_sides_learn():
     step_fn, state, _, _, mesh = make(config_with(start_step=2))
     for step in range(3):
