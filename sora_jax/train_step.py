@@ -11,13 +11,15 @@ from sora_jax.tasks.task import Task
 
 def state_functions(config, task: Task, tx, mesh):
     """(create, abstract state, shardings): create() makes the sharded state of step 0."""
-    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    def init(key):
+        with use_abstract_mesh(mesh.abstract_mesh):  # as the step does
+            return task.init(key)
+
+    boxed = jax.eval_shape(init, jax.random.key(0))
     param_shardings = sharding.param_shardings(boxed, mesh)
 
     def create():
-        with use_abstract_mesh(mesh.abstract_mesh):
-            params = sharding.unbox(task.init(stream(config.seed, "init")))
-        return train_state.create(params, tx)
+        return train_state.create(sharding.unbox(init(stream(config.seed, "init"))), tx)
 
     abstract = jax.eval_shape(create)
     shardings = sharding.state_shardings(abstract, param_shardings, mesh)
