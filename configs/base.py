@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "folder": "",  # of video_folder: a directory of clips with captions
         "data_dir": "",  # where prepared datasets are kept; "" = WORKDIR/data
         "seed": 0,
-        "num_train_clips": 8000,
+        "num_train_clips": 16000,
         "num_held_out_clips": 256,
         "shapes": {
             # (height, width, weight): 32 to 96 pixels, landscape, portrait and square
