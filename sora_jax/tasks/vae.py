@@ -167,7 +167,7 @@ def noised(latents_BTHWC, most: float, key):
     decoder then restores is what a diffusion model need not get right, and the encoder learns
     latents that tell their clip through noise.
 
-    Source: Yang et al. 2025, "Latent denoising makes good visual tokenizers", arXiv 2507.15856, section 3.
+    Source: Yang et al. 2025, "Latent denoising makes good tokenizers", arXiv 2507.15856, section 3.
     """
     of_time, of_noise = jax.random.split(key)
     time_B1111 = most * jax.random.uniform(of_time, (len(latents_BTHWC), 1, 1, 1, 1))
