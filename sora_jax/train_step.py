@@ -40,10 +40,11 @@ def with_initial(task: Task, create, shardings):
 def make_step(config, task: Task, tx, mesh, shardings):
     """(state, batch) -> (state, scalars), compiled; the state's buffers are reused.
 
-    The loss is traced under the mesh, so that attention's kernels run on every device's own rows.
+    The loss is traced under the mesh, so that attention's kernels run on every device's own part.
     """
 
     def step(state, batch):
+        batch = jax.lax.with_sharding_constraint(batch, sharding.batch_shardings(batch, mesh))
         key = stream(config.seed, "train", state.step)
         with use_abstract_mesh(mesh.abstract_mesh):
             (loss, scalars), grads = jax.value_and_grad(task.loss, has_aux=True)(
@@ -54,8 +55,7 @@ def make_step(config, task: Task, tx, mesh, shardings):
         )
         return state, {"loss": loss, **scalars, **update}
 
-    rows = sharding.batch_sharding(mesh)
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(shardings, rows),
+        step, donate_argnums=0, in_shardings=(shardings, None),  # of the batch: its own
         out_shardings=(shardings, sharding.replicated(mesh)),
     )

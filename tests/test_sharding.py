@@ -45,9 +45,12 @@ def init(key):
     (MeshConfig(data=-1, fsdp=4), {"data": 2, "fsdp": 4}),
     (MeshConfig(data=2, fsdp=-1), {"data": 2, "fsdp": 4}),
     (MeshConfig(data=4, fsdp=2), {"data": 4, "fsdp": 2}),
+    (MeshConfig(sequence=4, tensor=2), {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2}),
+    (MeshConfig(data=2, tensor=-1), {"data": 2, "fsdp": 1, "tensor": 4}),
 ])
 def test_mesh_fills_what_is_left(config, shape):
-    assert dict(sharding.make_mesh(config).shape) == shape
+    others = {"sequence": 1, "tensor": 1}
+    assert dict(sharding.make_mesh(config).shape) == {**others, **shape}
 
 
 @pytest.mark.parametrize("config", [
