@@ -228,6 +228,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "ema_decay": 0.995,
+        "accumulate_steps": 1,  # parts of the rows whose gradients are added
         "train_first": "",  # a pattern of names that alone train in the first steps
         "train_first_steps": 0,
     })

@@ -1,5 +1,6 @@
 """One transformer on many meshes: its losses and gradients are those of one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -33,7 +34,8 @@ def mesh_of(*sizes):
 
 NET = TransformerConfig(
     patch=(1, 2, 2), in_channels=2, out_channels=2, width=32, num_layers=2, num_heads=HEADS,
-    mlp_width=32, frequency_width=16, qk_norm="rms_head", text="cross", text_width=16)
+    mlp_width=32, frequency_width=16)
+WITH_TEXT = dataclasses.replace(NET, text="cross", text_width=16)
 
 
 @functools.cache
@@ -50,11 +52,15 @@ def tiny():
         "time_BS": rng.uniform(size=(8, 3)).astype(np.float32),
         "target_BND": rng.normal(size=(8, 32, 8)).astype(np.float32),
     }
-    boxed = jax.eval_shape(lambda key: Transformer(NET).init(
-        key, batch, batch["time_BS"])["params"], jax.random.key(0))
+    boxed = boxed_params(NET, batch)
     params = jax.tree.map(
         lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), sharding.unbox(boxed))
     return batch, boxed, params
+
+
+def boxed_params(config, batch):
+    return jax.eval_shape(lambda key: Transformer(config).init(
+        key, batch, batch["time_BS"])["params"], jax.random.key(0))
 
 
 def loss(params, batch):
@@ -100,22 +106,24 @@ def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(sizes):
     assert "all-gather" in program or not split.keys
 
 
-def test_a_kernel_is_planned_for_the_queries_of_a_device_and_no_gradient_crosses_clips(monkeypatch):
+@pytest.mark.parametrize("token_keys", [True, False])  # False: as text's, whole on every device
+def test_a_kernel_is_planned_for_the_queries_of_a_device_and_clips_stay_apart(
+        token_keys, monkeypatch):
     monkeypatch.setattr(cpu_blocks, "_block", lambda x_BN: 4)  # several in a device's 8 queries
     rng = np.random.default_rng(0)
     q, k, v, weight = (rng.normal(size=(2, 32, 4, 8)).astype(np.float32) for _ in range(4))
     segment = jnp.asarray([np.repeat([1, 2, 3, 0], [5, 14, 10, 3]), np.repeat([1, 0], [28, 4])])
     weight = np.where(segment[..., None, None] == 1, weight, 0)  # of the first clip alone
 
-    def gradients(q, k, v):
+    def gradients(token_keys, q, k, v):
         plan = attention_plan(segment, segment, 8, kernel="cpu_blocks", max_clips=3,
-                              split=split_of(4, True, True))
+                              split=split_of(4, True, token_keys))
         return jax.grad(lambda q, k, v: (weight * attention(
             q, k, v, segment, segment, plan=plan)).sum(), argnums=(0, 1, 2))(q, k, v)
 
-    expected = jax.jit(gradients)(q, k, v)
+    expected = jax.jit(gradients, static_argnums=0)(True, q, k, v)
     with jax.set_mesh(mesh_of(1, 1, 4, 2)):
-        ours = jax.jit(gradients)(q, k, v)
+        ours = jax.jit(gradients, static_argnums=0)(token_keys, q, k, v)
     other = np.asarray(segment != 1)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
@@ -123,7 +131,8 @@ def test_a_kernel_is_planned_for_the_queries_of_a_device_and_no_gradient_crosses
 
 
 def test_every_array_of_a_run_has_a_sharding_and_muons_moments_lie_with_their_parameters():
-    batch, boxed, _ = tiny()
+    batch = tiny()[0]
+    boxed = boxed_params(WITH_TEXT, batch)
     mesh = mesh_of(1, 2, 2, 2)
     placed = sharding.param_shardings(boxed, mesh)
     block = placed["blocks"]
