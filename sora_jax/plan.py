@@ -9,7 +9,7 @@ from sora_jax.core import axes, chips, flops
 from sora_jax.core.tree import named_leaves, num_bytes
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import registry
-from sora_jax.train_step import make_step, state_functions
+from sora_jax.train_step import check_packing, make_step, state_functions
 
 
 def show(config: RunConfig) -> dict[str, float]:
@@ -20,6 +20,7 @@ def show(config: RunConfig) -> dict[str, float]:
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
     mesh = sharding.make_mesh(config.mesh)
     task, batch = registry.outline(config)
+    check_packing(config, mesh)
     batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in batch.items()}
     for leaf in batch.values():
         sharding.check_rows(leaf.shape[0], mesh)

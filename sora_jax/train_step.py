@@ -105,18 +105,33 @@ def accumulated(gradient, task: Task, num_parts: int, mesh, shardings, params, b
 def parts_of_rows(batch, num_parts: int, mesh):
     """The batch with a leading axis of parts: row r is in part r % num_parts, so that rows stay on
     their devices. Raises UserError where a part does not divide over data and fsdp."""
-    groups = sharding.num_row_groups(mesh)
     for path, leaf in named_leaves(batch):
-        if leaf.shape[0] % (num_parts * groups):
-            raise UserError(
-                f"batch field {path} has {leaf.shape[0]} rows, which do not divide into "
-                f"optim.accumulate_steps = {num_parts} parts over {groups} devices along data and "
-                f"fsdp; they must be a multiple of {num_parts * groups}")
+        check_parts(f"batch field {path}", leaf.shape[0], num_parts, mesh)
     parts = jax.tree.map(
         lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
     split = sharding.batch_shardings(jax.tree.map(lambda x: x[0], parts), mesh)
     return jax.tree.map(
         lambda x, at: jax.lax.with_sharding_constraint(x, sharding.stacked(at)), parts, split)
+
+
+def check_parts(what: str, num_rows: int, num_parts: int, mesh) -> None:
+    """Raises UserError unless num_rows divide into parts that divide over data and fsdp."""
+    groups = sharding.num_row_groups(mesh)
+    if num_rows % (num_parts * groups):
+        raise UserError(
+            f"{what} has {num_rows} rows, which do not divide into optim.accumulate_steps = "
+            f"{num_parts} parts over {groups} devices along data and fsdp; they must be a multiple "
+            f"of {num_parts * groups}")
+
+
+def check_packing(config, mesh) -> None:
+    """Raises UserError where packed rows do not divide over the mesh, before data are prepared."""
+    if config.task != "diffusion":
+        return
+    rows, tokens = config.packing.rows, config.packing.row_tokens
+    sharding.check_rows(rows, mesh)
+    check_parts("config.packing", rows, config.optim.accumulate_steps, mesh)
+    sharding.batch_shardings({"packing_BN": jax.ShapeDtypeStruct((rows, tokens), jnp.int32)}, mesh)
 
 
 def is_count(name: str) -> bool:

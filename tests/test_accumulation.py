@@ -12,7 +12,7 @@ from configs import base
 from sora_jax import run_config, sharding
 from sora_jax.core.errors import UserError
 from sora_jax.tasks import diffusion
-from sora_jax.train_step import make_step, state_functions
+from sora_jax.train_step import check_packing, make_step, state_functions
 
 
 @pytest.fixture
@@ -58,6 +58,20 @@ def test_parts_of_unequal_length_add_up_to_the_whole_batch(steps):
         np.testing.assert_allclose(parts[name], value, rtol=1e-5, err_msg=name)
     assert (parts["useful_tokens"], parts["num_clips"], parts["num_slots"]) == (72, 16, 128)
     np.testing.assert_allclose(again, matrix, atol=1e-6)
+
+
+def test_packed_rows_are_refused_before_data_are_prepared():
+    config = base.get_config("runlocal")
+    config.packing.rows = 8
+    config.optim.accumulate_steps = 4
+    config = run_config.resolve(config)
+    with pytest.raises(UserError, match="config.packing has 8 rows, .* a multiple of 32"):
+        check_packing(config, sharding.make_mesh(sharding.MeshConfig()))
+    check_packing(config, sharding.make_mesh(sharding.MeshConfig(sequence=4)))
+    config = dataclasses.replace(
+        config, packing=dataclasses.replace(config.packing, row_tokens=66))
+    with pytest.raises(UserError, match="'tokens' of size 66 does not divide over .* of size 4"):
+        check_packing(config, sharding.make_mesh(sharding.MeshConfig(sequence=4)))
 
 
 def test_rows_that_do_not_divide_into_parts_are_refused(steps):
