@@ -49,7 +49,6 @@ def make_step(config, task: Task, tx, mesh, shardings):
 
     The loss is traced under the mesh, so that attention's kernels run on every device's own part.
     """
-
     num_parts = config.optim.accumulate_steps
     gradient = jax.value_and_grad(task.loss, has_aux=True)
     if num_parts > 1:

@@ -44,7 +44,7 @@ def _of(jaxpr) -> tuple[float, int]:
 
 
 def _manual_axes(params):
-    """Mesh axes over which a shard_map splits; JAX 0.12 has another name for them."""
+    """Mesh axes over which a shard_map splits; versions of JAX name them differently."""
     return params.get("newly_manual_axes", params.get("manual_axes"))
 
 
