@@ -231,6 +231,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "ema_decay": 0.995,
+        "accumulate_steps": 1,  # parts of the rows whose gradients are added
         "train_first": "",  # a pattern of names that alone train in the first steps
         "train_first_steps": 0,
     })
@@ -238,6 +239,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh = ConfigDict({
         "data": -1,  # -1 takes the devices that are left
         "fsdp": 1,
+        "sequence": 1,  # over which the tokens of a row are split
+        "tensor": 1,  # over which heads and widths of layers are split
         "num_devices": 0,  # that the run needs; 0 = all there are; --mode=plan makes fake ones
         "chip": "",  # --mode=plan: v5e v5p v6e tpu7x A100 H100 H200 B200
     })

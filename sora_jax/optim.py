@@ -35,6 +35,8 @@ class OptimConfig:
     weight_decay: of matrices only; multiplied by the learning rate.
     clip_norm: largest global norm of a gradient; 0 does not clip.
     ema_decay: of the averaged weights, see train_state.ema_decay_at; 0 averages nothing.
+    accumulate_steps: parts of the rows of a batch whose gradients are computed one after the other
+      and added: less memory for activations, the same update (train_step.accumulated).
     train_first: a pattern of names that alone change in the first train_first_steps updates, such
       as patch_embedding.PROJECTIONS after a change of the patch size.
     """
@@ -52,6 +54,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.999
+    accumulate_steps: int = 1
     train_first: str = ""
     train_first_steps: int = 0
 
@@ -72,6 +75,9 @@ class OptimConfig:
             raise UserError(
                 f"optim.train_first = {self.train_first!r} with optim.train_first_steps = "
                 f"{self.train_first_steps}: give both or neither")
+        if self.accumulate_steps < 1:
+            raise UserError(
+                f"optim.accumulate_steps = {self.accumulate_steps} must be at least 1")
         if not self.muon_scale > 0:
             raise UserError(f"optim.muon_scale = {self.muon_scale} must be above 0")
         if not self.eps > 0:

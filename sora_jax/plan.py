@@ -5,11 +5,11 @@ import math
 import jax
 
 from sora_jax import optim, sharding
-from sora_jax.core import chips, flops
+from sora_jax.core import axes, chips, flops
 from sora_jax.core.tree import named_leaves, num_bytes
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import registry
-from sora_jax.train_step import make_step, state_functions
+from sora_jax.train_step import check_packing, make_step, state_functions
 
 
 def show(config: RunConfig) -> dict[str, float]:
@@ -20,15 +20,19 @@ def show(config: RunConfig) -> dict[str, float]:
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
     mesh = sharding.make_mesh(config.mesh)
     task, batch = registry.outline(config)
+    check_packing(config, mesh)
+    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in batch.items()}
+    for leaf in batch.values():
+        sharding.check_rows(leaf.shape[0], mesh)
+    split = sharding.batch_shardings(batch, mesh)
     tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)
     _, abstract, shardings = state_functions(config, task, tx, mesh)
     print(sharding.describe(abstract.params, shardings.params))
-    for name, leaf in batch.items():
-        sharding.check_rows(leaf.shape[0], mesh)
+    print()
+    print(sharding.describe(batch, split))
     step = make_step(config, task, tx, mesh, shardings)
-    rows = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in batch.items()
-    }
+    rows = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split[name])
+            for name, leaf in batch.items()}
     compiled = step.lower(abstract, rows).compile()
     memory = compiled.memory_analysis()
     step_flops, num_loops = flops.count(step, abstract, rows)
@@ -36,6 +40,10 @@ def show(config: RunConfig) -> dict[str, float]:
         "parameters": sum(math.prod(leaf.shape) for _, leaf in named_leaves(abstract.params)),
         "devices": mesh.size,
         "state_bytes": sum(num_bytes(leaf) for _, leaf in named_leaves(abstract)),
+        "state_bytes_per_device": sum(
+            num_bytes(jax.ShapeDtypeStruct(at.shard_shape(leaf.shape), leaf.dtype))
+            for (_, leaf), at in zip(named_leaves(abstract), jax.tree.leaves(shardings),
+                                     strict=True)),
         "argument_bytes_per_device": getattr(memory, "argument_size_in_bytes", 0),
         "temporary_bytes_per_device": getattr(memory, "temp_size_in_bytes", 0),
         "bytes_per_device": device_bytes(memory),
@@ -47,6 +55,9 @@ def show(config: RunConfig) -> dict[str, float]:
     print()
     for name, value in summary.items():
         print(f"{name:28} {value:,.0f}")
+    if mesh.shape[axes.SEQUENCE] * mesh.shape[axes.TENSOR] > 1:
+        print("exchanged bytes are those of parameters and gradients; what attention and the MLP "
+              "exchange over sequence and tensor is not in them")
     if config.mesh.chip:
         print(against(chips.chip(config.mesh.chip).per_device(), summary))
     return summary
@@ -65,13 +76,15 @@ def exchanged_bytes(params, shardings, mesh) -> float:
     algorithms need, (n - 1) / n of an array for a gather or a scatter among n.
 
     A split parameter is gathered for the forward and the backward pass and its gradient scattered;
-    then gradients are summed (scatter and gather) where devices hold the same part.
+    then gradients are summed (scatter and gather) where devices hold the same part. Over tensor no
+    parameter is gathered and no gradient summed.
     """
     total = 0.0
     for (_, leaf), at in zip(named_leaves(params), jax.tree.leaves(shardings), strict=True):
-        size = num_bytes(leaf)
         parts = math.prod(leaf.shape) // max(1, math.prod(at.shard_shape(leaf.shape)))
-        copies = mesh.size // parts
+        tensor = mesh.shape[axes.TENSOR] if axes.TENSOR in jax.tree.leaves(tuple(at.spec)) else 1
+        size, parts = num_bytes(leaf) / tensor, parts // tensor
+        copies = mesh.size // mesh.shape[axes.TENSOR] // parts
         total += 3 * size * (parts - 1) / parts + 2 * size / parts * (copies - 1) / copies
     return total
 

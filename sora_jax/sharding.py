@@ -1,9 +1,8 @@
-"""Which device holds what: a mesh, one table from logical axis names to mesh axes, and the rows
-of a batch.
+"""Which device holds what: a mesh, and the shardings of parameters, train state and batches.
 
-Models name the dimensions of their parameters and never a device. Every row of a batch lives on
-one device, so the batch is split over all mesh axes here; `fsdp` splits the parameters as well
-(they are gathered layer by layer when used).
+Models name the dimensions of their arrays and never a device; core/axes.py has the one table from
+those names to mesh axes. Fields of a batch are named by their dimensions (core/shapes.py), which
+say how they are split: B over data and fsdp, N over sequence.
 """
 
 import dataclasses
@@ -14,34 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sora_jax.core import chips
+from sora_jax.core import axes, chips
+from sora_jax.core.axes import AXES
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import map_with_name, named_leaves, num_bytes, table
-
-AXES = ("data", "fsdp")
-
-# Logical axis of a parameter -> mesh axis, or None where every device holds all of it. Every
-# matrix of a transformer has the network's width on one side, so splitting `embed` alone splits
-# nearly all bytes. Convolutions stay whole: the largest VAE in use has 0.13 billion parameters,
-# and its outer layers have 3 channels.
-LOGICAL_RULES = {
-    "embed": "fsdp",
-    "mlp": None,
-    "heads": None,
-    "kv": None,
-    "vocab": None,
-    "layers": None,
-    "conv_in": None,
-    "conv_out": None,
-    "norm": None,
-    "positions": None,
-    "latent": None,
-    "patch": None,
-    "frequency": None,
-    "modulation": None,
-    "text": None,
-    "embed_out": None,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +25,8 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1  # over which the tokens of a row are split
+    tensor: int = 1  # over which heads and widths of a layer are split
     num_devices: int = 0  # that the run needs; 0 = all there are. --mode=plan makes fake ones
     chip: str = ""  # of core/chips.py, for --mode=plan; "" = no estimate
 
@@ -61,12 +38,13 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh with the axes data and fsdp over all devices (of all hosts).
+    """A mesh with the axes data, fsdp, sequence and tensor over all devices (of all hosts).
 
-    Raises UserError where the product is not the number of devices.
+    Raises UserError where the product is not the number of devices, or a row would be split over
+    processes: each feeds whole rows.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, total = [config.data, config.fsdp], len(devices)
+    sizes, total = [getattr(config, axis) for axis in AXES], len(devices)
     if config.num_devices not in (0, total):
         raise UserError(f"mesh.num_devices = {config.num_devices} and {total} devices are here")
     asked = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -76,12 +54,21 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     if total % known or (-1 not in sizes and known != total):
         raise UserError(
             f"{asked} do not multiply to the {total} devices present; set mesh.data = -1 and "
-            f"mesh.fsdp to a divisor of {total}"
+            f"the others to sizes whose product divides {total}"
         )
     sizes = [total // known if size == -1 else size for size in sizes]
-    return jax.make_mesh(
+    mesh = jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
+    if len({device.process_index for device in devices}) > 1:
+        here = dict(mesh.local_mesh.shape)
+        for axis in (axes.SEQUENCE, axes.TENSOR):
+            if here[axis] != mesh.shape[axis]:
+                raise UserError(
+                    f"mesh.{axis} = {mesh.shape[axis]} and a process holds {here[axis]} of it: a "
+                    "row is fed by one process; lower mesh.sequence or mesh.tensor to what the "
+                    "devices of one process divide by")
+    return mesh
 
 
 def rows_mesh(num_rows: int) -> Mesh:
@@ -123,70 +110,68 @@ def param_shardings(boxed_params, mesh: Mesh, rules=None):
     Raises UserError where a name has no rule, two dimensions ask for one mesh axis, or a dimension
     does not divide.
     """
-    rules = LOGICAL_RULES if rules is None else rules
-
     def one(path, leaf):
         if not _is_boxed(leaf):
             return replicated(mesh)
-        return NamedSharding(mesh, _spec(path, leaf.names, leaf.value.shape, mesh, rules))
+        return NamedSharding(mesh, axes.spec(
+            f"parameter {path}", leaf.names, leaf.value.shape, mesh, rules))
 
     return map_with_name(one, boxed_params, is_leaf=_is_boxed)
 
 
-def _spec(path, names, shape, mesh, rules) -> PartitionSpec:
-    shown = f"parameter {path} of shape {tuple(shape)} with axes {tuple(names)}"
-    if len(names) != len(shape):
-        raise UserError(f"{shown}: {len(names)} names for {len(shape)} dimensions")
-    taken, axes = {}, []
-    for name, size in zip(names, shape, strict=True):
-        if name is not None and name not in rules:
-            raise UserError(f"{shown}: {name!r} has no rule (known: {', '.join(sorted(rules))})")
-        axis = None if name is None else rules[name]
-        if axis is not None:
-            if axis in taken:
-                raise UserError(
-                    f"{shown}: {taken[axis]!r} and {name!r} are both split over mesh axis "
-                    f"{axis!r}; rename one or change its rule in sharding.LOGICAL_RULES"
-                )
-            taken[axis] = name
-            if size % mesh.shape[axis]:
-                raise UserError(
-                    f"{shown}: {name!r} of size {size} does not divide over mesh axis {axis!r} "
-                    f"of size {mesh.shape[axis]}; change mesh.{axis} or the model's width"
-                )
-        axes.append(axis)
-    while axes and axes[-1] is None:
-        axes.pop()
-    return PartitionSpec(*axes)
-
-
 def state_shardings(abstract_state, shardings_of_params, mesh: Mesh):
-    """A NamedSharding per leaf of a train state: every subtree shaped like the parameters (the
-    parameters, their average, the optimizer's moments) is placed like them, the rest replicated.
+    """A NamedSharding per leaf of a train state: what is named and shaped like a parameter (itself,
+    its average, its moments, also where an optimizer has only some of them) is placed like it, the
+    rest replicated.
     """
-    structure = jax.tree.structure(shardings_of_params)
+    like = {path: (leaf.shape, at) for (path, leaf), at in zip(
+        named_leaves(abstract_state.params), jax.tree.leaves(shardings_of_params), strict=True)}
 
-    def like_params(node):
-        return jax.tree.structure(node) == structure
+    def one(path, leaf):
+        parts = path.split("/")
+        for start in range(len(parts)):
+            shape, at = like.get("/".join(parts[start:]), (None, None))
+            if shape == leaf.shape:
+                return at
+        return replicated(mesh)
 
-    def one(node):
-        return shardings_of_params if like_params(node) else replicated(mesh)
-
-    return jax.tree.map(one, abstract_state, is_leaf=like_params)
+    return map_with_name(one, abstract_state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (axis 0) split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    """Rows (axis 0) split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(axes.ROWS))
+
+
+def batch_shardings(batch, mesh: Mesh):
+    """A NamedSharding per field: axis 0 is rows, and where the field's name ends in _BN.. axis 1 is
+    tokens. Raises UserError where one does not divide."""
+    def one(path, leaf):
+        names = ["rows", "tokens"] if path.rpartition("_")[2].startswith("BN") else ["rows"]
+        names += [None] * (len(leaf.shape) - len(names))
+        return NamedSharding(mesh, axes.spec(f"batch field {path}", names, leaf.shape, mesh))
+
+    return map_with_name(one, batch)
+
+
+def stacked(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of arrays of this one, stacked along a new first axis that is not split."""
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def num_row_groups(mesh: Mesh) -> int:
+    """Parts into which the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in axes.ROWS)
 
 
 def check_rows(num_rows: int, mesh: Mesh) -> None:
-    """Raises UserError unless a batch of num_rows divides over the devices."""
-    if num_rows % mesh.size:
-        low = num_rows // mesh.size * mesh.size
-        near = [n for n in (low, low + mesh.size) if n]
+    """Raises UserError unless a batch of num_rows divides over data and fsdp."""
+    groups = num_row_groups(mesh)
+    if num_rows % groups:
+        low = num_rows // groups * groups
+        near = [n for n in (low, low + groups) if n]
         raise UserError(
-            f"a batch of {num_rows} rows does not divide over {mesh.size} devices "
+            f"a batch of {num_rows} rows does not divide over {groups} devices along data and fsdp "
             f"({dict(mesh.shape)}); near are {' and '.join(map(str, near))}"
         )
 
@@ -201,17 +186,20 @@ def process_rows(num_rows: int, mesh: Mesh) -> np.ndarray:
 
 def put_batch(host_batch, mesh: Mesh):
     """Global arrays on the devices from this process's rows (see process_rows), per leaf."""
-    sharding = batch_sharding(mesh)
-    num_local = mesh.local_mesh.size
+    num_local, num_groups = num_row_groups(mesh.local_mesh), num_row_groups(mesh)
+    shapes = {}
     for path, leaf in named_leaves(host_batch):
         if leaf.ndim < 1 or leaf.shape[0] % num_local:
             raise UserError(
                 f"batch field {path} of shape {tuple(leaf.shape)}: the rows do not divide over "
-                f"the {num_local} devices of this process"
+                f"the {num_local} devices of this process along data and fsdp"
             )
+        rows = leaf.shape[0] // num_local * num_groups
+        shapes[path] = jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+    whole_batch = map_with_name(lambda path, _: shapes[path], host_batch)
     return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x), host_batch
-    )
+        lambda x, at, like: jax.make_array_from_process_local_data(at, x, like.shape),
+        host_batch, batch_shardings(whole_batch, mesh), whole_batch)
 
 
 def whole(tree, mesh: Mesh):
@@ -237,7 +225,8 @@ def describe(tree, shardings=None) -> str:
         size = num_bytes(leaf)
         share = math.prod(sharding.shard_shape(leaf.shape)) / max(1, math.prod(leaf.shape))
         total, on_device = total + size, on_device + round(size * share)
-        split = ", ".join(str(axis or "-") for axis in sharding.spec) or "whole"
+        split = ", ".join("+".join((axis,) if isinstance(axis, str) else axis or "-")
+                          for axis in sharding.spec) or "whole"
         shape = "x".join(map(str, leaf.shape)) or "scalar"
         rows.append((path, shape, str(leaf.dtype), split, size, round(size * share)))
     rows.append(("total", "", "", "", total, on_device))

@@ -32,7 +32,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.evaluation import evaluators
 from sora_jax.tasks import encode_mode, registry
 from sora_jax.tasks.task import Task
-from sora_jax.train_step import make_step, state_functions, with_initial
+from sora_jax.train_step import check_packing, make_step, state_functions, with_initial
 
 MODES = ("train", "encode", "eval", "plan")
 
@@ -76,6 +76,7 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
     Returns the exit code: None at the end, stopping.EXIT_STOPPED after SIGTERM (state saved).
     """
     mesh = sharding.make_mesh(config.mesh)
+    check_packing(config, mesh)
     with processes.first_goes_first("data"):  # it prepares and encodes what is missing
         task = registry.build(config, workdir)
     tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)

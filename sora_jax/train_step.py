@@ -1,12 +1,18 @@
 """The compiled train step: loss of a task, gradient, optimizer, all on the mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
 from sora_jax import sharding, train_state
+from sora_jax.core.errors import UserError
 from sora_jax.core.rng import stream
+from sora_jax.core.tree import named_leaves
 from sora_jax.tasks.task import Task
+
+TINY = 1e-30  # below any sum of weights
 
 
 def state_functions(config, task: Task, tx, mesh):
@@ -40,24 +46,95 @@ def with_initial(task: Task, create, shardings):
 
 
 def make_step(config, task: Task, tx, mesh, shardings):
-    """(state, batch) -> (state, scalars), compiled; the state's buffers are reused.
+    """(state, batch) -> (state, scalars), compiled; the state's buffers are reused. The gradient is
+    that of optim.accumulate_steps parts of the batch, one after the other.
 
-    The loss is traced under the mesh, so that attention's kernels run on every device's own rows.
+    The loss is traced under the mesh, so that attention's kernels run on every device's own part.
     """
+    num_parts = config.optim.accumulate_steps
+    gradient = jax.value_and_grad(task.loss, has_aux=True)
+    if num_parts > 1:
+        gradient = functools.partial(accumulated, gradient, task, num_parts, mesh, shardings.params)
 
     def step(state, batch):
+        batch = jax.lax.with_sharding_constraint(batch, sharding.batch_shardings(batch, mesh))
         key = stream(config.seed, "train", state.step)
         with use_abstract_mesh(mesh.abstract_mesh):
-            (loss, scalars), grads = jax.value_and_grad(task.loss, has_aux=True)(
-                state.params, batch, key
-            )
+            (loss, scalars), grads = gradient(state.params, batch, key)
         state, update = train_state.apply_gradients(
             state, grads, tx, config.optim.ema_decay, loss
         )
         return state, {"loss": loss, **scalars, **update}
 
-    rows = sharding.batch_sharding(mesh)
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(shardings, rows),
+        step, donate_argnums=0, in_shardings=(shardings, None),  # of the batch: its own
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
+
+
+def accumulated(gradient, task: Task, num_parts: int, mesh, shardings, params, batch, key):
+    """((loss, scalars), gradients) of a batch from those of num_parts parts of its rows, of which
+    one is in memory at a time.
+
+    Parts are weighted by task.weight, and what the loss draws is drawn for the whole batch first
+    (task.draw): both together make it the gradient of the whole batch but for the order of float32
+    sums. Scalars that count (num_*, *_tokens) are summed, others averaged. Every device has rows of
+    every part. Raises UserError where rows do not divide.
+    """
+    batch = task.draw(batch, key)
+    parts = parts_of_rows(batch, num_parts, mesh)
+
+    def one(total, numbered):
+        number, part = numbered
+        (loss, scalars), grads = gradient(params, part, stream(key, "part", number))
+        weight = jnp.asarray(task.weight(scalars), jnp.float32)
+        total = jax.tree.map(lambda t, g: t + weight * g.astype(jnp.float32), total, grads)
+        scalars = {name: jnp.asarray(x, jnp.float32) for name, x in scalars.items()}
+        return jax.lax.with_sharding_constraint(total, shardings), (weight, loss, scalars)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    total, (weight_P, loss_P, scalars_P) = jax.lax.scan(
+        one, jax.lax.with_sharding_constraint(zeros, shardings), (jnp.arange(num_parts), parts))
+    share_P = weight_P / jnp.maximum(weight_P.sum(), TINY)
+    grads = jax.tree.map(
+        lambda t, p: (t / jnp.maximum(weight_P.sum(), TINY)).astype(p.dtype), total, params)
+    scalars = {name: x_P.sum() if is_count(name) else (share_P * x_P).sum()
+               for name, x_P in scalars_P.items()}
+    return ((share_P * loss_P).sum(), scalars), grads
+
+
+def parts_of_rows(batch, num_parts: int, mesh):
+    """The batch with a leading axis of parts: row r is in part r % num_parts, so that rows stay on
+    their devices. Raises UserError where a part does not divide over data and fsdp."""
+    for path, leaf in named_leaves(batch):
+        check_parts(f"batch field {path}", leaf.shape[0], num_parts, mesh)
+    parts = jax.tree.map(
+        lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = sharding.batch_shardings(jax.tree.map(lambda x: x[0], parts), mesh)
+    return jax.tree.map(
+        lambda x, at: jax.lax.with_sharding_constraint(x, sharding.stacked(at)), parts, split)
+
+
+def check_parts(what: str, num_rows: int, num_parts: int, mesh) -> None:
+    """Raises UserError unless num_rows divide into parts that divide over data and fsdp."""
+    groups = sharding.num_row_groups(mesh)
+    if num_rows % (num_parts * groups):
+        raise UserError(
+            f"{what} has {num_rows} rows, which do not divide into optim.accumulate_steps = "
+            f"{num_parts} parts over {groups} devices along data and fsdp; they must be a multiple "
+            f"of {num_parts * groups}")
+
+
+def check_packing(config, mesh) -> None:
+    """Raises UserError where packed rows do not divide over the mesh, before data are prepared."""
+    if config.task != "diffusion":
+        return
+    rows, tokens = config.packing.rows, config.packing.row_tokens
+    sharding.check_rows(rows, mesh)
+    check_parts("config.packing", rows, config.optim.accumulate_steps, mesh)
+    sharding.batch_shardings({"packing_BN": jax.ShapeDtypeStruct((rows, tokens), jnp.int32)}, mesh)
+
+
+def is_count(name: str) -> bool:
+    """Whether a scalar of this name counts something in the batch."""
+    return name.startswith("num_") or name.endswith("_tokens")

@@ -11,8 +11,11 @@ def test_every_config_compiles_in_plan_mode(name):
     of_folder = "folder" in name or name == "finetune_wan"
     folder = ["--config.data.folder=somewhere"] if of_folder else []
     vae = ["--config.latents.vae=builtin:moving_shapes"]
+    mesh = ["mesh.num_devices=8", "mesh.sequence=2", "mesh.tensor=2", "optim.optimizer=adamw",
+            "optim.accumulate_steps=2"] if name == "base_edit" else []
     process = call("sora_jax.train", f"--config=configs/{name}.py:runlocal", "--mode=plan",
-                   *folder, *vae)
+                   *folder, *vae, *(f"--config.{field}" for field in mesh))
+    assert not mesh or "data+fsdp, sequence" in process.stdout
     assert "parameters" in process.stdout and "state_bytes" in process.stdout
 
 

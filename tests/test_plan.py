@@ -61,6 +61,26 @@ def test_exchanged_bytes_are_those_of_ring_algorithms(fsdp, expected):
     assert plan.exchanged_bytes(params, shardings, mesh) == expected
 
 
+def test_along_tensor_nothing_is_gathered_and_no_gradient_summed():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    params, half = {"kernel": jnp.ones((32, 32))}, 32 * 32 * 4 / 2
+    expected = 3 * half / 2 + 2 * half / 2 / 2  # gathered over fsdp, parts summed over data
+    assert plan.exchanged_bytes(params, {"kernel": at}, mesh) == expected
+
+
+def test_products_of_all_devices_of_a_split_program_are_counted():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))
+    split = jax.sharding.PartitionSpec("data", "tensor")
+    x = jnp.ones((4, 8, 8))
+
+    def product(x):
+        return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(split, split),
+                             out_specs=split)(x, jnp.ones((4, 32, 8)))
+
+    assert flops.count(product, x) == (2 * 4 * 2 * 8 * 8 * 4, 0)
+
+
 def test_the_held_bytes_of_a_donated_step_count_its_state_once():
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jax.ShapeDtypeStruct((1024,), jnp.float32)

@@ -45,9 +45,12 @@ def init(key):
     (MeshConfig(data=-1, fsdp=4), {"data": 2, "fsdp": 4}),
     (MeshConfig(data=2, fsdp=-1), {"data": 2, "fsdp": 4}),
     (MeshConfig(data=4, fsdp=2), {"data": 4, "fsdp": 2}),
+    (MeshConfig(sequence=4, tensor=2), {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 2}),
+    (MeshConfig(data=2, tensor=-1), {"data": 2, "fsdp": 1, "tensor": 4}),
 ])
 def test_mesh_fills_what_is_left(config, shape):
-    assert dict(sharding.make_mesh(config).shape) == shape
+    others = {"sequence": 1, "tensor": 1}
+    assert dict(sharding.make_mesh(config).shape) == {**others, **shape}
 
 
 @pytest.mark.parametrize("config", [
@@ -62,8 +65,8 @@ def test_mesh_of_another_size_is_refused_with_its_numbers(config):
 def test_scanned_layers_shift_the_names():
     mesh = sharding.make_mesh(MeshConfig(fsdp=4))
     specs = sharding.param_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-    assert specs["dense"]["kernel"].spec == PartitionSpec(None, "fsdp")
-    assert specs["dense"]["bias"].spec == PartitionSpec()
+    assert specs["dense"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
+    assert specs["dense"]["bias"].spec == PartitionSpec(None, "tensor")
 
 
 def test_collision_prints_both_names():
@@ -94,7 +97,7 @@ def test_moments_and_average_lie_where_their_parameter_lies():
         lambda key: train_state.create(sharding.unbox(init(key)), tx), jax.random.key(0))
     state = sharding.state_shardings(abstract, params, mesh)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
-    split = [s.spec for s in jax.tree.leaves(state) if s.spec == PartitionSpec(None, "fsdp")]
+    split = [s for s in jax.tree.leaves(state) if s.spec == PartitionSpec(None, "fsdp", "tensor")]
     assert len(split) == 4  # the kernel, its average and two moments
     assert state.step.spec == PartitionSpec()
 

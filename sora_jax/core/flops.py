@@ -35,10 +35,17 @@ def _of(jaxpr) -> tuple[float, int]:
         if name == "cond":  # one branch runs
             inner = [max(inner)]
         times = eqn.params["length"] if name == "scan" else 1
+        if name == "shard_map":  # its products are those of one device
+            times = math.prod(eqn.params["mesh"].shape[axis] for axis in _manual_axes(eqn.params))
         total += times * sum(flops for flops, _ in inner)
         known = name != "while" or not any(flops for flops, _ in inner)
         loops += sum(number for _, number in inner) + (not known)
     return total, loops
+
+
+def _manual_axes(params):
+    """Mesh axes over which a shard_map splits; versions of JAX name them differently."""
+    return params.get("newly_manual_axes", params.get("manual_axes"))
 
 
 def _inner(params):

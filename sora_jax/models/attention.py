@@ -8,16 +8,18 @@ UserError. On a GPU or TPU a kernel is compared with the reference once before i
 import dataclasses
 import functools
 import logging
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
+from sora_jax.core.axes import size
 from sora_jax.core.errors import UserError
+from sora_jax.models import attention_split
 from sora_jax.models.attention_kernels import cpu_blocks, cudnn, dense, pallas_gpu, splash_tpu
 from sora_jax.models.attention_kernels.call import Call
+from sora_jax.models.attention_split import Split
 
 LOG = logging.getLogger(__name__)
 KERNELS = {"dense": dense, "cpu_blocks": cpu_blocks, "cudnn": cudnn, "pallas": pallas_gpu,
@@ -29,13 +31,15 @@ TOLERANCE = {"float32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}  # tf32 product
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",),
-                   meta_fields=("kernel",))
+                   meta_fields=("kernel", "split"))
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A kernel, and what it works out from the segments alone; layers of one batch share it."""
+    """A kernel, and what it works out from the segments alone; layers of one batch share it.
+    split: over devices, with which the arrays were made."""
 
     kernel: str
     arrays: tuple
+    split: Split = Split()
 
 
 def attention(
@@ -51,23 +55,37 @@ def attention(
 
     kernel: a name of KERNELS, or auto. max_clips: the caller's word that segments are 1..max_clips
     and each stands in one run of tokens; 0 = not known. plan: of `attention_plan`, replaces kernel.
-    Under a mesh (`jax.set_mesh`) rows are split over all its axes.
+    Under a mesh (`jax.set_mesh`) rows are split over all its axes but sequence and tensor; what
+    these split is in the plan.
     Raises UserError where the kernel asked for cannot serve, with the reason.
     """
     if plan is None:
         plan = attention_plan(q_segment_BN, k_segment_BM, q_BNKE.shape[-1], dtype, kernel,
                               max_clips)
-    call = _call(q_segment_BN, k_segment_BM, q_BNKE.shape[-1], dtype, max_clips)
-    arrays = (q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM)
-    return _over_rows(functools.partial(run, plan.kernel, call), (*arrays, plan.arrays))
+    call = _call(
+        q_segment_BN, k_segment_BM, q_BNKE.shape[-1], dtype, max_clips, plan.split)
+    function = functools.partial(run, plan.kernel, call)
+    # Kernels are programs of one device. The reference is none, but within a row it is split best
+    # as one: its products have rows and heads in one axis.
+    alone = size(*attention_split.split_axes()) == 1
+    if not (alone or plan.kernel == "dense" and not plan.split.within_rows):
+        function = attention_split.over_mesh(function, plan.split)
+    return function(q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM, plan.arrays)
 
 
 def attention_plan(q_segment_BN, k_segment_BM, head_width: int, dtype: str = "float32",
-                   kernel: str = "auto", max_clips: int = 0) -> Plan:
-    """The kernel for these segments and what it can prepare, to be shared by layers."""
-    call = _call(q_segment_BN, k_segment_BM, head_width, dtype, max_clips)
-    name = choose(kernel, call, len(q_segment_BN))
-    return Plan(name, make_plan(name, call, q_segment_BN, k_segment_BM))
+                   kernel: str = "auto", max_clips: int = 0, split: Split = Split()) -> Plan:
+    """The kernel for these segments and what it can prepare, to be shared by layers.
+
+    split: of `attention_split.split_of`, where a mesh splits more than rows.
+    """
+    (B, N), M = q_segment_BN.shape, k_segment_BM.shape[1]
+    if split.within_rows:
+        attention_split.check(split, B, N, M)
+    call = _call(q_segment_BN, k_segment_BM, head_width, dtype, max_clips, split)
+    name = choose(kernel, call, B)
+    make = attention_split.plan_over_mesh(functools.partial(make_plan, name, call), split)
+    return Plan(name, make(q_segment_BN, k_segment_BM), split)
 
 
 def run(name: str, call: Call, q, k, v, q_segment_BN, k_segment_BM, arrays):
@@ -111,7 +129,7 @@ def _why_not(name: str, call: Call, rows: int) -> str | None:
     reason = KERNELS[name].why_not(call)
     if reason is not None or name == "dense":
         return reason
-    devices = _num_split()
+    devices = attention_split.num_row_parts()
     if rows % devices:
         return f"{rows} rows do not divide over the {devices} devices of the mesh"
     return _self_test(name, call.device, call.dtype) if call.device != "cpu" else None
@@ -135,35 +153,16 @@ def _log(name: str, call: Call, passed: str) -> None:
         call.num_keys, call.head_width, call.dtype, name, f" ({passed})" if passed else "")
 
 
-def _call(q_segment_BN, k_segment_BM, head_width, dtype, max_clips) -> Call:
+def _call(q_segment_BN, k_segment_BM, head_width, dtype, max_clips, split=Split()) -> Call:
+    """What a kernel is to serve on one device."""
     device = jax.default_backend()
     device = device if device in ORDER else "gpu"
     capability = getattr(jax.local_devices()[0], "compute_capability", "0")
     return Call(
         device=device, capability=float(capability) if device == "gpu" else 0.0,
-        num_queries=q_segment_BN.shape[1], num_keys=k_segment_BM.shape[1],
+        num_queries=q_segment_BN.shape[1] // split.num_query_parts, num_keys=k_segment_BM.shape[1],
         head_width=head_width, dtype=str(jnp.dtype(dtype)), max_clips=max_clips,
     )
-
-
-def _split_axes() -> tuple[str, ...]:
-    """Axes of the mesh over which this program's arrays are still to be split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-                 if kind != AxisType.Manual)
-
-
-def _num_split() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in _split_axes())
-
-
-def _over_rows(function, arrays):
-    """function(*arrays) on every device for its own rows: kernels are programs of one device."""
-    if _num_split() == 1 or function.args[0] == "dense":
-        return function(*arrays)
-    rows = PartitionSpec(_split_axes())
-    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sora_jax.models.attention import Plan, attention, attention_plan
 from sora_jax.models.attention_layouts import layout_segments
+from sora_jax.models.attention_split import heads_for_tokens, split_of
 from sora_jax.models.segments import by_order, clips_together
 from sora_jax.models.transformer_config import TransformerConfig
 
@@ -32,7 +33,8 @@ class Meeting(typing.NamedTuple):
         q, k, v = q_BNKE, k_BMKE, v_BMKE
         if self.order_2BN is not None:
             there, back = self.order_2BN
-            q, k, v = (by_order(x, there, back) for x in (q, k, v))
+            split = self.plan.split
+            q, k, v = (by_order(heads_for_tokens(x, split), there, back) for x in (q, k, v))
         out = attention(q, k, v, self.q_segment_BN, self.k_segment_BM, dtype, plan=self.plan)
         return out if self.order_2BN is None else by_order(out, back, there)
 
@@ -68,9 +70,10 @@ def plan_meetings(config: TransformerConfig, batch: dict, text_segment_BM, max_c
     (and of text, and of image tokens); text_segment_BM: of what blocks read, None: nothing."""
     segment_BN = batch["segment_BN"]
 
-    def meet(q_segment, k_segment, clips, order=None):
+    def meet(q_segment, k_segment, clips, order=None, token_keys=True):
         plan = attention_plan(q_segment, k_segment, config.head_width, attention_dtype(config),
-                              config.attention_kernel, clips)
+                              config.attention_kernel, clips,
+                              split=split_of(config.num_heads, True, token_keys))
         return Meeting(q_segment, k_segment, plan, order)
 
     def joint():
@@ -91,7 +94,8 @@ def plan_meetings(config: TransformerConfig, batch: dict, text_segment_BM, max_c
         own = (jax.tree.map(lambda *kinds: jnp.stack(kinds), *own),)
     return Meetings(
         own=own,
-        text=meet(segment_BN, text_segment_BM, max_clips) if config.text == "cross" else None,
-        image=meet(segment_BN, batch["image_segment_BL"], max_clips)
+        text=meet(segment_BN, text_segment_BM, max_clips, token_keys=False)
+        if config.text == "cross" else None,
+        image=meet(segment_BN, batch["image_segment_BL"], max_clips, token_keys=False)
         if config.image_width else None,
     )

@@ -37,6 +37,36 @@ def _backward(dtype, kept, gradient):
 _product.defvjp(_forward, _backward)
 
 
+def product_of_rows(x, kernel, dtype: str):
+    """`product` of x (..., K) and one kernel (K, M), with x's leading axes kept apart."""
+    return _product_of_rows(x.astype(jnp.float32), kernel.astype(jnp.float32), dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_of_rows(x, kernel, dtype):
+    return _rows_forward(x, kernel, dtype)[0]
+
+
+def _rows_forward(x, kernel, dtype):
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    return _dot(x, kernel, (-1,), (0,)), (x, kernel)
+
+
+def _rows_backward(dtype, kept, gradient):
+    x, kernel = kept
+    gradient = gradient.astype(dtype)
+    leading = tuple(range(x.ndim - 1))
+    return _dot(gradient, kernel, (-1,), (1,)), _dot(x, gradient, leading, leading)
+
+
+_product_of_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _dot(a, b, a_axes, b_axes):
+    axes = tuple(axis % a.ndim for axis in a_axes), b_axes
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
+
+
 def matmul(a, b):
     """a @ b over the last two axes with a float32 result; leading axes must be equal."""
     batch = tuple(range(a.ndim - 2))

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sora_jax.core.axes import gathered
 from sora_jax.core.errors import UserError
 from sora_jax.models.attention import Plan, attention, attention_plan
+from sora_jax.models.attention_split import split_of
 from sora_jax.models.layers import Linear, RMSNorm, layer_norm
 
 NUM_BYTE_IDS = 258  # 0 padding, 1 begin, then the 256 bytes
@@ -86,7 +88,8 @@ class TextBytes(nn.Module):
 
         def table(name, rows):
             init = nn.with_logical_partitioning(nn.initializers.normal(0.5), ("vocab", "embed"))
-            return self.param(name, init, (rows, config.width), jnp.float32)
+            rows_D = self.param(name, init, (rows, config.width), jnp.float32)
+            return gathered(rows_D, "vocab", "embed")
 
         bytes_BMD = table("byte_table", NUM_BYTE_IDS)[text_BM]
         for length in config.ngrams:
@@ -100,7 +103,8 @@ class TextBytes(nn.Module):
         )
         offset_BW = jnp.minimum(offsets_in_segment(word_segment_BW), config.max_words - 1)
         x_BWD += 0.2 * table("position_table", config.max_words)[offset_BW]
-        plan = attention_plan(word_segment_BW, word_segment_BW, config.width // config.num_heads)
+        plan = attention_plan(word_segment_BW, word_segment_BW, config.width // config.num_heads,
+                              split=split_of(config.num_heads, False, False))
         for i in range(config.num_layers):
             x_BWD = TextBlock(config, name=f"block_{i}")(x_BWD, word_segment_BW, plan)
         return RMSNorm(name="norm")(x_BWD), word_segment_BW

@@ -29,7 +29,7 @@ from sora_jax.models.segments import (
     patch_extent,
 )
 from sora_jax.models.text_bytes import TextBytes
-from sora_jax.models.transformer_blocks import Context, TransformerBlock, spread
+from sora_jax.models.transformer_blocks import Context, TransformerBlock, of_tokens, spread
 from sora_jax.models.transformer_config import REMAT_POLICIES, TransformerConfig
 
 IMAGE_NORM_EPS = 1e-5  # Wan's image embedder; its other norms follow the config
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
             neighbour_BNO=neighbour_index(
                 batch["position_BN3"], extent_BN3, segment_BN) if config.local_width else None,
         )
-        x = self.read_patches(batch, extent_BN3, context)
+        x = of_tokens(self.read_patches(batch, extent_BN3, context))
         x = self.blocks()((x, text if joint else None), self.kinds(), context)[0][0]
         return self.head(x, condition, owner_BN)
 
@@ -191,7 +191,7 @@ class Transformer(nn.Module):
             return None
         x = LayerNorm(eps=IMAGE_NORM_EPS, name="image_norm_in")(
             batch["image_embedding_BLD"].astype(dtype))
-        x = self.linear(config.image_width, ("text", "mlp"), name="image_proj_in")(x)
+        x = self.linear(config.image_width, ("embed", "mlp"), name="image_proj_in")(x)
         x = nn.gelu(x, approximate=False)
         x = self.linear(config.width, ("mlp", "embed"), name="image_proj_out")(x)
         return LayerNorm(eps=IMAGE_NORM_EPS, name="image_norm_out")(x)

@@ -10,6 +10,7 @@ import typing
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sora_jax.core.axes import constrain
 from sora_jax.models.attention_plans import Meetings, attention_dtype
 from sora_jax.models.layers import (
     INIT_LINEAR,
@@ -74,7 +75,9 @@ class TransformerBlock(nn.Module):
             x, text = self.self_attend(x, text, meeting, prefix, mods[number], context)
         if self.config.text == "cross":
             x = x + self.cross_attend(x, context)
-        return self.feed_forward(settled(x), text, mods[-1]), None
+        x, text = self.feed_forward(settled(x), text, mods[-1])
+        text = None if text is None else constrain(text, "rows", None, None)
+        return (of_tokens(x), text), None
 
     def modulations(self, context):
         """Per sub-layer, for the clip's tokens and the text's: (shift, scale, gate) or None."""
@@ -123,21 +126,21 @@ class TransformerBlock(nn.Module):
         if context.angles_BNP is not None:
             q, k = rotate(q, context.angles_BNP), rotate(k, context.angles_BNP)
         if text is None:
-            y = self.attend(q, k, v, meeting).reshape(x.shape)
+            y = of_heads(self.attend(q, k, v, meeting))
             y = self.beside_neighbours(y, h, context) if local else y
             return x + _gated(outs[0](y), mods[0]), None
         theirs = self.heads(maps[1](_modulated(norms[1](text), mods[1])), qk_norms[1])
         q, k, v = (jnp.concatenate(pair, axis=1)
                    for pair in zip(theirs, (q, k, v), strict=True))
         y = self.attend(q, k, v, meeting)
-        y = y.reshape(*y.shape[:2], width)
-        text_y, y = y[:, :text.shape[1]], y[:, text.shape[1]:]
+        text_y, y = y[:, :text.shape[1]], of_heads(y[:, text.shape[1]:])
         y = self.beside_neighbours(y, h, context) if local else y
         return x + _gated(outs[0](y), mods[0]), text + _gated(outs[1](text_y), mods[1])
 
     def beside_neighbours(self, y, h, context):
         """What attention read, and beside it what the 26 neighbours say in local_width channels."""
         said = self.linear(self.config.local_width, ("embed", "mlp"), "near_in")(h)
+        said = constrain(said, "rows", None, None)  # neighbours may stand on another device
         return jnp.concatenate([y, neighbourhood(said, context.neighbour_BNO)], axis=-1)
 
     def cross_attend(self, x, context):
@@ -150,10 +153,10 @@ class TransformerBlock(nn.Module):
         q = q_norm(self.linear(width, ("embed", "heads"), "cross_q")(norm(x)))
 
         def read(name, tokens, key_norm, meeting):
-            kv = self.linear(2 * width, ("text", "heads"), name)(tokens)
+            kv = self.linear(2 * width, ("embed", "kv"), name)(tokens)
             k, v = jnp.split(kv, 2, axis=-1)
             k, v = key_norm(k), v.reshape(*v.shape[:2], heads, config.head_width)
-            return self.attend(q, k, v, meeting).reshape(x.shape)
+            return of_heads(self.attend(q, k, v, meeting))
 
         y = read("cross_kv", context.text_BMD, k_norm, context.meetings.text)
         if context.image_BLD is not None:
@@ -185,7 +188,9 @@ class TransformerBlock(nn.Module):
         return own, own
 
     def attend(self, q, k, v, meeting):
-        return meeting.attend(q, k, v, attention_dtype(self.config))
+        """What every query reads, its heads side by side: (B, N, width)."""
+        y = meeting.attend(q, k, v, attention_dtype(self.config))
+        return y.reshape(*y.shape[:2], self.config.width)
 
     def linear(self, features, axes, name, use_bias=True, init=INIT_LINEAR):
         return Linear(features, axes, use_bias=use_bias, init=init,
@@ -224,6 +229,16 @@ class TransformerBlock(nn.Module):
         q, k, v = jnp.split(qkv, 3, axis=-1)
         v = v.reshape(*v.shape[:-1], self.config.num_heads, self.config.head_width)
         return norms[0](q), norms[1](k), v
+
+
+def of_tokens(x_BND):
+    """Activations of the tokens of packed rows, split over devices as these are."""
+    return constrain(x_BND, "rows", "tokens", None)
+
+
+def of_heads(y_BND):
+    """`of_tokens` where the width is heads side by side."""
+    return constrain(y_BND, "rows", "tokens", "heads")
 
 
 def _modulated(x, mod):

@@ -45,6 +45,8 @@ def build(config: RunConfig, workdir: str) -> Task:
         name="diffusion",
         init=functools.partial(init, config, model),
         loss=functools.partial(loss, config, model, data_std(config.diffusion, vae)),
+        draw=functools.partial(draw, config),
+        weight=num_learned,
         batches=loader.iterate,
         sample=functools.partial(write_samples, config, sampler, held_out),
         initial=begin_with,
@@ -59,6 +61,8 @@ def outline(config: RunConfig) -> tuple[Task, dict]:
         name="diffusion",
         init=functools.partial(init, config, model),
         loss=functools.partial(loss, config, model, data_std(config.diffusion, vae)),
+        draw=functools.partial(draw, config),
+        weight=num_learned,
     )
     return task, example_batch(config, model)
 
@@ -105,18 +109,14 @@ def example_batch(config: RunConfig, model: Transformer) -> dict:
 def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, key):
     """Mean squared velocity error, clips weighted by their tokens, and counts for the log. Tokens
     that are given clean do not count in it."""
-    shape_BS = batch["clip_BSF"].shape[:2]
-    time_BS = times.shift(
-        times.logit_normal(
-            stream(key, "time"), shape_BS, config.diffusion.time_mean, config.diffusion.time_std
-        ),
-        clip_shift(batch, config.diffusion),
-    )
+    if "noise_BND" not in batch:
+        batch = draw(config, batch, key)
+    time_BS = batch["time_BS"]
     time_BN = None
     if "known_BN" in batch:
         time_BN = token_times(batch, time_BS, config.diffusion)
-    error_BS, tokens_BS = clip_errors(
-        model, data_std, params, batch, time_BS, stream(key, "noise"), time_BN
+    error_BS, tokens_BS = errors_with_noise(
+        model, data_std, params, batch, time_BS, batch["noise_BND"], time_BN
     )
     learned = tokens_BS.sum()
     value = (error_BS * tokens_BS).sum() / jax.numpy.maximum(learned, 1)
@@ -129,6 +129,29 @@ def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, k
         known = batch["known_BN"].sum()
         counts.update(known_tokens=known, useful_tokens=learned + known)
     return value, counts
+
+
+def draw(config: RunConfig, batch: dict, key) -> dict:
+    """The batch with what its loss draws: time_BS of its clips and noise_BND."""
+    time_BS = times.shift(
+        times.logit_normal(
+            stream(key, "time"), batch["clip_BSF"].shape[:2], config.diffusion.time_mean,
+            config.diffusion.time_std
+        ),
+        clip_shift(batch, config.diffusion),
+    )
+    noise_BND = draw_noise(batch, stream(key, "noise"))
+    return {**batch, "time_BS": time_BS, "noise_BND": noise_BND}
+
+
+def draw_noise(batch: dict, key):
+    """Noise (B, N, D) for the tokens of a batch."""
+    return jax.random.normal(key, batch["tokens_BND"].shape)
+
+
+def num_learned(scalars: dict):
+    """Tokens over which `loss` averages."""
+    return scalars["useful_tokens"] - scalars.get("known_tokens", 0)
 
 
 def token_times(batch: dict, time_BS, diffusion: DiffusionConfig):
@@ -150,9 +173,15 @@ def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, nois
     data_std: see `sampling.velocity`. time_BN: of tokens, where they have times of their own
     (`token_times`); known ones are then left out of both.
     """
+    noise_BND = draw_noise(batch, noise_key)
+    return errors_with_noise(model, data_std, params, batch, time_BS, noise_BND, time_BN)
+
+
+def errors_with_noise(model: Transformer, data_std, params, batch: dict, time_BS, noise_BND,
+                      time_BN=None):
+    """`clip_errors` with this noise."""
     tokens_BND = batch["tokens_BND"]
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
-    noise_BND = jax.random.normal(noise_key, tokens_BND.shape)
     if time_BN is None:
         time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"])
     else:

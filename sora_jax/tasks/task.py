@@ -21,6 +21,9 @@ class Task:
     `batches(start_step)` yields the process's part of batch start_step, start_step + 1, ...: a pure
     function of the step. `sample` and `finish` (once, after the last step) write files into a
     workdir and return their paths. `optimizer`: None takes that of config.optim for everything.
+    `draw(batch, key)` gives the batch with what its loss draws with this key as further fields, and
+    `weight(scalars)` is what that loss divides by: with both, parts of a batch add up to the whole
+    (train_step.accumulated). Without, every part draws anew, and all weigh the same.
     `initial()` gives parameters to begin a fresh run with, as nested dicts of numpy arrays.
     """
 
@@ -31,4 +34,6 @@ class Task:
     sample: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
     finish: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
     optimizer: optax.GradientTransformation | None = None
+    draw: Callable[[dict, jax.Array], dict] = lambda batch, key: batch
+    weight: Callable[[dict[str, jax.Array]], Any] = lambda scalars: 1.0
     initial: Callable[[], dict] | None = None

@@ -81,9 +81,9 @@ def test_every_clip_is_one_run_for_kernels_that_ask_for_it(name, monkeypatch):
     params = jax.tree.map(jnp.asarray, random_params(config))
     promised, plan = [], attention_plans.attention_plan
 
-    def attention_plan(q_segment_BN, k_segment_BM, *options):
+    def attention_plan(q_segment_BN, k_segment_BM, *options, split):
         promised.append(options[-1])
-        return plan(q_segment_BN, k_segment_BM, *options)
+        return plan(q_segment_BN, k_segment_BM, *options, split=split)
 
     def stop(*arguments):
         raise Planned(plan_meetings(*arguments))
