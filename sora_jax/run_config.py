@@ -283,6 +283,11 @@ def resolve(mapping) -> RunConfig:
         raise UserError(
             f"init.weights = {config.init.weights!r} and checkpoint.init_from = "
             f"{config.checkpoint.init_from!r} both name weights to begin with; give one of them")
+    if config.task == "features" and config.init.weights or config.task == "vae" and (
+            config.init.patch):
+        raise UserError(f"init.weights = {config.init.weights!r}, init.patch = "
+                        f"{config.init.patch!r}: task {config.task!r} cannot use them; leave both "
+                        "empty (a VAE takes init.weights alone)")
     if config.vae_train not in VAE_PARTS:
         raise UserError(f"vae_train = {config.vae_train!r} is unknown; allowed: "
                         f"{', '.join(VAE_PARTS)}")

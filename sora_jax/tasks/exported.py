@@ -11,8 +11,9 @@ from sora_jax.weights import published
 def exporter(source) -> Callable[..., list[str]]:
     """(source, target, family name or None) -> written paths, for a native file or folder, or for
     the workdir of a run."""
-    if not (pathlib.Path(source).expanduser() / "checkpoints").is_dir():
+    path = pathlib.Path(source).expanduser()
+    if not (path / "checkpoints").is_dir():
         return published.export_weights
-    if run_config.load_workdir(source).task == "vae":
+    if run_config.load_workdir(path).task == "vae":
         return initial_vae.export_trained
     return initial_weights.export_trained
