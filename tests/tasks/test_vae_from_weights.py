@@ -182,6 +182,6 @@ def test_without_weights_a_plan_takes_the_configs_own_architecture(tmp_path, cap
 def test_parameters_without_slots_are_left_as_they_are():
     config = optim.OptimConfig(learning_rate=1.0, warmup_steps=0, weight_decay=1.0)
     tx = optim.without(optim.make_optimizer(config, 10), lambda name: name == "held/kernel")
-    params = {"held": {"kernel": np.ones((2, 2))}, "free": {"kernel": np.ones((2, 2))}}
+    params = {name: {"kernel": np.ones((2, 2), np.float32)} for name in ("held", "free")}
     updates, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
     assert not updates["held"]["kernel"].any() and updates["free"]["kernel"].all()
