@@ -41,11 +41,10 @@ def write_wan(folder, golden: bool = True) -> pathlib.Path:
     return folder
 
 
-def write_vae(folder, dtype=np.float32) -> None:
-    flat = {name: x.astype(dtype) for name, x in _random(vae_family.shapes(VAE), 1).items()}
+def write_vae(folder, config: VideoVAEConfig = VAE) -> None:
     _write(folder, WAN_VAE.publish(
-        VAE, {"latent_mean": [0.1, 0.0, -0.1, 0.2], "latent_std": [1.0, 0.5, 2.0, 1.5]}),
-        export_tensors(WAN_VAE.rules(VAE, ()), flat))
+        config, {"latent_mean": [0.1, 0.0, -0.1, 0.2], "latent_std": [1.0, 0.5, 2.0, 1.5]}),
+        export_tensors(WAN_VAE.rules(config, ()), _random(vae_family.shapes(config), 1)))
 
 
 def write_transformer(folder, golden: bool = True) -> None:

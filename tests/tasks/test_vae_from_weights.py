@@ -12,23 +12,26 @@ from sora_jax import optim, run_config, sharding, train
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import flatten, named_leaves
 from sora_jax.data.encode import write_mp4
-from sora_jax.models.video_vae import ENCODING
+from sora_jax.models.video_vae import ENCODING, VideoVAEConfig
 from sora_jax.tasks import initial_vae, registry, vae
 from sora_jax.tasks.exported import exporter
 from sora_jax.train_step import state_functions
 from sora_jax.weights import published
 from sora_jax.weights.tensor_files import open_tensors
 from sora_jax.weights.vae_files import load_vae
-from tests.tiny_wan import VAE, write_vae
+from tests.tiny_wan import write_vae
 
 STEPS, RATE = 3, 1e-3
 SIZE = {"frames": 5, "height": 16, "width": 16, "weight": 1.0, "batch": 2}
+VAE = VideoVAEConfig(
+    encoder_dims=(2, 4), decoder_dims=(2, 4), z_dim=4, temporal_downsample=(True,),
+    num_res_blocks=1, norm_eps=0.0)
 
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wan") / "vae"
-    write_vae(folder)
+    write_vae(folder, VAE)
     return folder
 
 
@@ -136,6 +139,7 @@ def test_latent_caches_of_the_first_stage_stay_valid_unless_the_card_lies(whole,
 def test_a_frozen_encoder_has_no_slots_in_the_optimizer(wan, clips, tmp_path, adversarial):
     config = vae_two_stage.get_config("stage2_runlocal")
     config.vae_loss.adversarial.weight = adversarial
+    config.vae_loss.adversarial.discriminator.update({"channels": 4, "levels": 2})
     config = settled(config, wan, clips, tmp_path)
     task, _ = vae.outline(config)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
@@ -150,6 +154,7 @@ def test_a_frozen_encoder_has_no_slots_in_the_optimizer(wan, clips, tmp_path, ad
 def test_the_published_vae_beside_a_discriminator_begins_as_it_is(wan, clips, tmp_path):
     config = vae_wan.get_config("runlocal")
     config.vae_loss.adversarial.weight = 0.5
+    config.vae_loss.adversarial.discriminator.update({"channels": 4, "levels": 2})
     task = vae.build(settled(config, wan, clips, tmp_path), str(tmp_path))
     params = task.initial()
     assert set(params) == {"vae", "discriminator"} and params["discriminator"]
