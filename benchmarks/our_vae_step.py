@@ -69,6 +69,9 @@ def loss(config: VideoVAEConfig, params, pixels_BTHWC):
 def main():
     options = worker.options()
     case = CASES[options.case]
+    if options.mode == "write":
+        write_weights(case, options.weights)
+        return
     config, pixels_BTHWC = vae_config(case), jnp.asarray(make_pixels(case, options.rows))
     params = jax.tree.map(jnp.asarray, read_weights(case, options.weights))
     if options.check:

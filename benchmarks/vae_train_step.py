@@ -38,15 +38,21 @@ THEIRS = {"torch eager": ("eager", False), "torch compile": ("compile", False),
 DEFAULT = ("ours", "torch eager", "torch compile", "torch compile last")
 
 
-def compare(options) -> None:
-    from our_vae_step import write_weights
+def write_weights(options, path: str) -> None:
+    """In a process of its own: this one starts others and must not have begun JAX."""
+    subprocess.run(
+        [sys.executable, str(HERE / PROGRAMS[0]), f"--case={options.case}", "--rows=1",
+         "--mode=write", f"--weights={path}"], check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
+
+def compare(options) -> None:
     case = CASES[options.case]
     print(f"{case.name}: {options.rows} clips of {case.frames}x{case.height}x{case.width}, "
           f"channels {case.dims}, float32")
     with tempfile.TemporaryDirectory() as directory:
         weights = f"{directory}/weights.safetensors"
-        write_weights(case, weights)
+        write_weights(options, weights)
         started = (start(name, options, {}, case.name, options.rows, PROGRAMS, OURS, THEIRS,
                          (f"--weights={weights}",)) for name in options.contestants)
         running = [contestant for contestant in started if contestant is not None]
@@ -76,11 +82,9 @@ def report(running, options) -> None:
 def check(options) -> dict[str, float]:
     """Largest differences of loss, reconstruction and the first convolution's gradient, each over
     the largest value."""
-    from our_vae_step import write_weights
-
     with tempfile.TemporaryDirectory() as directory:
         weights, found = f"{directory}/weights.safetensors", []
-        write_weights(CASES[options.case], weights)
+        write_weights(options, weights)
         for program in PROGRAMS:
             path = f"{directory}/{program}.npz"
             subprocess.run(
