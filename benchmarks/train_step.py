@@ -43,6 +43,7 @@ THEIRS = {"torch eager": ("eager", False), "torch compile": ("compile", False),
           "torch flex": ("flex", False)}
 CPU = ("ours", "torch eager", "torch compile", "tuned eager", "tuned compile")
 GPU = ("ours", "torch eager", "torch compile", "torch flex")
+PROGRAMS = ("our_step.py", "torch_peer.py")
 
 
 def fast_path(directory: str) -> dict[str, str]:
@@ -58,9 +59,11 @@ def fast_path(directory: str) -> dict[str, str]:
     return {"LD_PRELOAD": library, "GLIBC_TUNABLES": ALLOCATOR}
 
 
-def start(name: str, options, tuned: dict[str, str], case: str, rows: int) -> Contestant | None:
-    """The contestant, warmed up; None with a line where it cannot take part."""
-    ours = name in OURS
+def start(name: str, options, tuned: dict[str, str], case: str, rows: int, programs=PROGRAMS,
+          our_modes=OURS, their_modes=THEIRS, more=()) -> Contestant | None:
+    """The contestant, warmed up; None with a line where it cannot take part. programs: ours and
+    torch's, which also get the arguments `more`."""
+    ours = name in our_modes
     if not ours and importlib.util.find_spec("torch") is None:
         print(f"  {name} left out: PyTorch is missing; pip install torch==2.13.0 "
               "(--index-url https://download.pytorch.org/whl/cpu without a GPU)")
@@ -69,15 +72,15 @@ def start(name: str, options, tuned: dict[str, str], case: str, rows: int) -> Co
     env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if options.device == "cpu":
         env["JAX_PLATFORMS"] = "cpu"
-    mode = OURS.get(name) or THEIRS[name][0]
-    if not ours and THEIRS[name][1]:
+    mode = our_modes.get(name) or their_modes[name][0]
+    if not ours and their_modes[name][1]:
         if not tuned:
             print(f"  {name} left out: no C compiler (cc) to force MKL's fast path with")
             return None
         env |= tuned
-    command = [sys.executable, str(HERE / ("our_step.py" if ours else "torch_peer.py")),
+    command = [sys.executable, str(HERE / programs[0 if ours else 1]),
                f"--case={case}", f"--rows={rows}", f"--mode={mode}",
-               f"--device={options.device}", f"--threads={options.threads}"]
+               f"--device={options.device}", f"--threads={options.threads}", *more]
     contestant = Contestant(name, command, env, options.threads)
     if contestant.ready is None:
         print(f"  {name} left out: it ended with {contestant.process.wait()}; run\n"

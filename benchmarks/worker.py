@@ -19,6 +19,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--check", default="")
+    parser.add_argument("--weights", default="", help="a file that all contestants load")
     return parser.parse_args()
 
 

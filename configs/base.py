@@ -143,7 +143,9 @@ def get_config(arg: str = "") -> ConfigDict:
     })
 
     config.init = ConfigDict({
-        "weights": "",  # to begin with: published, native, or a workdir's; "" = random
+        # to begin with: published, native, or a workdir's; "" = random. A VAE in training takes its
+        # architecture from them, too
+        "weights": "",
         # where its patch is another than model.patch: "" refuses | central | average | resample
         "patch": "",
     })
@@ -160,6 +162,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "frame_times": 0.0,  # every latent frame has a diffusion time of its own
     })
 
+    config.vae_train = "all"  # all | decoder: of the VAE of init.weights, with its encoder frozen
     # A VAE in training: a pyramid of convolutions (configs/vae.py has one of blocks).
     config.vae = ConfigDict({
         "encoder_dims": (24, 48, 48),

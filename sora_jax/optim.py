@@ -161,6 +161,18 @@ def train_first(pattern: str, num_steps: int) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def without(tx: optax.GradientTransformation, is_frozen) -> optax.GradientTransformation:
+    """tx for the parameters whose name is_frozen(name) does not hold; the others have no slots in
+    its state, and no updates."""
+    def trained(params):
+        return map_with_name(lambda name, _: not is_frozen(name), params)
+
+    def held(params):
+        return map_with_name(lambda name, _: is_frozen(name), params)
+
+    return optax.chain(optax.masked(tx, trained), optax.masked(optax.set_to_zero(), held))
+
+
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping, AdamW or Muon, decoupled weight decay and the learning rate, in this order.
 

@@ -28,6 +28,7 @@ from sora_jax.sharding import MeshConfig
 from sora_jax.weights.text_encoder_files import PADDINGS
 
 TASKS = ("diffusion", "vae", "features")
+VAE_PARTS = ("all", "decoder")
 DATASETS = ("moving_shapes", "video_folder")
 
 
@@ -263,6 +264,7 @@ class RunConfig:
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     init: InitConfig = InitConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
+    vae_train: str = "all"  # or "decoder": what makes latents is frozen
 
 
 def resolve(mapping) -> RunConfig:
@@ -285,6 +287,17 @@ def resolve(mapping) -> RunConfig:
         raise UserError(
             f"init.weights = {config.init.weights!r} and checkpoint.init_from = "
             f"{config.checkpoint.init_from!r} both name weights to begin with; give one of them")
+    if config.task == "features" and config.init.weights or config.task == "vae" and (
+            config.init.patch):
+        raise UserError(f"init.weights = {config.init.weights!r}, init.patch = "
+                        f"{config.init.patch!r}: task {config.task!r} cannot use them; leave both "
+                        "empty (a VAE takes init.weights alone)")
+    if config.vae_train not in VAE_PARTS:
+        raise UserError(f"vae_train = {config.vae_train!r} is unknown; allowed: "
+                        f"{', '.join(VAE_PARTS)}")
+    if config.vae_train != "all" and not (config.task == "vae" and config.init.weights):
+        raise UserError(f"vae_train = {config.vae_train!r} freezes the encoder of given weights; "
+                        "set task to 'vae' and init.weights to a VAE")
     if config.conditioning.is_used and config.model.modulation == "none":
         raise UserError(
             "config.conditioning gives tokens times of their own, which model.modulation = 'none' "

@@ -43,6 +43,7 @@ _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 def main(_):
     config = run_config.resolve(_CONFIG.value)
     workdir = runtime.WORKDIR.value or default_workdir()
+    config = registry.settled(config, workdir, planning=_MODE.value == "plan")
     if _MODE.value == "plan":
         plan.show(config)
         return None

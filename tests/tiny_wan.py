@@ -35,12 +35,16 @@ def write_wan(folder, golden: bool = True) -> pathlib.Path:
     """The folder with transformer, vae, text_encoder and tokenizer."""
     folder = pathlib.Path(folder)
     write_transformer(folder / "transformer", golden)
-    _write(folder / "vae", WAN_VAE.publish(
-        VAE, {"latent_mean": [0.1, 0.0, -0.1, 0.2], "latent_std": [1.0, 0.5, 2.0, 1.5]}),
-        export_tensors(WAN_VAE.rules(VAE, ()), _random(vae_family.shapes(VAE), 1)))
+    write_vae(folder / "vae")
     write_encoder(folder / "text_encoder", UMT5)
     write_tokenizer(folder / "tokenizer")
     return folder
+
+
+def write_vae(folder, config: VideoVAEConfig = VAE) -> None:
+    _write(folder, WAN_VAE.publish(
+        config, {"latent_mean": [0.1, 0.0, -0.1, 0.2], "latent_std": [1.0, 0.5, 2.0, 1.5]}),
+        export_tensors(WAN_VAE.rules(config, ()), _random(vae_family.shapes(config), 1)))
 
 
 def write_transformer(folder, golden: bool = True) -> None:

@@ -265,6 +265,10 @@ def _output_scale(config):
     return 1e-4 if config.block_shortcut else 1.0
 
 
+# Modules between pixels and latents; the others lead back.
+ENCODING = ("encoder", "quant_conv", "blocks_to_latents")
+
+
 class VideoVAE(nn.Module):
     """The VAE. Pixels are float in [-1, 1]; it computes in the dtype of its input."""
 

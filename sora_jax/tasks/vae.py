@@ -16,7 +16,7 @@ from sora_jax.data.sources import Source
 from sora_jax.models.vae_blocks_linear import fold_blocks
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.run_config import RunConfig
-from sora_jax.tasks import vae_adversarial, vae_losses
+from sora_jax.tasks import initial_vae, vae_adversarial, vae_losses
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.datasets import open_dataset
 from sora_jax.tasks.perceptual import perceptual_distance
@@ -41,25 +41,26 @@ def build(config: RunConfig, workdir: str) -> Task:
         jax.process_index(), jax.process_count(),
     )
     make_params = functools.partial(init, config, model)
-    if config.vae.block_shortcut:
+    if config.vae.block_shortcut and not config.init.weights:
         blocks = functools.cache(functools.partial(training_blocks, config, train))
         make_params = functools.partial(init_from_blocks, config, model, blocks)
-    return completed(config, model, Task(
+    return initial_vae.restricted(config, completed(config, model, Task(
         name="vae",
         init=make_params,
         loss=None,
         batches=loader.iterate,
         sample=functools.partial(write_reconstructions, config, train, held_out),
         finish=functools.partial(write_weights, config, train),
-    ))
+        initial=initial_vae.initial(config, workdir),
+    )))
 
 
 def outline(config: RunConfig) -> tuple[Task, dict]:
     """Init and loss without any data, and a batch of the largest size of training."""
     check(config)
     model = VideoVAE(config.vae)
-    task = completed(config, model, Task(
-        name="vae", init=functools.partial(init, config, model), loss=None))
+    task = initial_vae.restricted(config, completed(config, model, Task(
+        name="vae", init=functools.partial(init, config, model), loss=None)))
     size = max(config.pixels.sizes, key=lambda s: s.batch * s.frames * s.height * s.width)
     shape = (size.batch, size.frames, size.height, size.width, config.vae.in_channels)
     batch = {"pixels_BTHWC": np.zeros(shape, np.float32)}
@@ -214,14 +215,18 @@ def completed(config: RunConfig, model: VideoVAE, task: Task) -> Task:
 
 
 def freeze(config: RunConfig, params, workdir: str) -> FrozenVAE:
-    """The VAE of these parameters with the latent statistics of its training pixels."""
-    return freeze_with(config, open_dataset(config.data, workdir, "train"), params)
+    """The VAE of these parameters with the latent statistics of the weights it began with, or of
+    its training pixels."""
+    return freeze_with(config, open_dataset(config.data, workdir, "train"), params, workdir)
 
 
-def freeze_with(config: RunConfig, train: Source, params) -> FrozenVAE:
+def freeze_with(config: RunConfig, train: Source, params, workdir: str) -> FrozenVAE:
     """`freeze` on an open dataset."""
     params = jax.tree.map(jnp.asarray, jax.device_get(vae_adversarial.vae_params(params)))
-    mean_C, std_C, channel_std_C = latent_statistics(config, train, params)
+    if card := initial_vae.begun(workdir):
+        mean_C, std_C, channel_std_C = initial_vae.statistics_of(card)
+    else:
+        mean_C, std_C, channel_std_C = latent_statistics(config, train, params)
     return FrozenVAE(config.vae, params, "in training", mean_C, std_C, {}, channel_std_C)
 
 
@@ -280,14 +285,16 @@ def _pixel_change(config, params, pixels_BTHWC, step_C):
 
 
 def write_weights(config: RunConfig, train: Source, params, step: int, workdir: str) -> list[str]:
-    """WORKDIR/vae.safetensors (large kernels as int8) and its card; returns their paths."""
-    frozen = freeze_with(config, train, params)
+    """WORKDIR/vae.safetensors (large kernels as int8, or all float32 where it began with weights)
+    and its card; returns their paths."""
+    frozen = freeze_with(config, train, params, workdir)
+    began = initial_vae.card_entries(config, workdir, frozen.params)
     path = pathlib.Path(workdir) / WEIGHTS
     save_vae(
         path, config.vae, frozen.params, frozen.latent_mean_C, frozen.latent_std_C,
         {"data": config.data.dataset, "data_fingerprint": train.fingerprint, "seed": config.seed,
-         "steps": step, "loss": dataclasses.asdict(config.vae_loss)},
-        dtype=np.int8, channel_std_C=frozen.channel_std_C,
+         "steps": step, "loss": dataclasses.asdict(config.vae_loss), **began},
+        dtype=np.float32 if began else np.int8, channel_std_C=frozen.channel_std_C,
     )
     return [str(path), str(path.with_suffix(".json"))]
 

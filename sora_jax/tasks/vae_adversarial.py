@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sora_jax import optim
+from sora_jax import optim, sharding
 from sora_jax.core.errors import UserError
+from sora_jax.core.rng import stream
 from sora_jax.models.causal_conv import causal_conv
 from sora_jax.models.discriminator import PatchDiscriminator
 from sora_jax.models.vae_blocks import fold_pixels
@@ -53,6 +54,7 @@ def with_discriminator(config: RunConfig, task: Task, forward, losses) -> Task:
         sample=lambda params, step, workdir: task.sample(vae_params(params), step, workdir),
         finish=lambda params, step, workdir: task.finish(vae_params(params), step, workdir),
         optimizer=optimizer(config),
+        initial=task.initial and functools.partial(initial, config, task.initial),
     )
 
 
@@ -69,10 +71,19 @@ def check(config: RunConfig) -> None:
 
 def init(config: RunConfig, init_vae, key):
     """Parameters of both sides; the VAE's are those of a run without a discriminator."""
+    return {"vae": init_vae(key), "discriminator": init_discriminator(config, key)}
+
+
+def init_discriminator(config: RunConfig, key):
     pixels_BTHWC = np.zeros((1, 1, 64, 64, config.vae.in_channels), np.float32)
     model = PatchDiscriminator(config.vae_loss.adversarial.discriminator)
-    return {"vae": init_vae(key),
-            "discriminator": model.init(jax.random.fold_in(key, 1), pixels_BTHWC)["params"]}
+    return model.init(jax.random.fold_in(key, 1), pixels_BTHWC)["params"]
+
+
+def initial(config: RunConfig, initial_vae):
+    """The VAE's given parameters beside a fresh discriminator's."""
+    fresh = jax.jit(functools.partial(init_discriminator, config))(stream(config.seed, "init"))
+    return {"vae": initial_vae(), "discriminator": jax.device_get(sharding.unbox(fresh))}
 
 
 def optimizer(config: RunConfig) -> optax.GradientTransformation:

@@ -1,31 +1,40 @@
-"""Imports published weights, and writes native ones as they are published.
+"""Imports published weights, writes native ones as they are published, and measures latents.
 
     python -m sora_jax.weights import FOLDER_OR_FILE TARGET [--family=NAME] [--config=CONFIG.json]
     python -m sora_jax.weights export NATIVE_FOLDER_OR_FILE TARGET [--family=NAME]
     python -m sora_jax.weights export WORKDIR TARGET
+    python -m sora_jax.weights statistics NATIVE_VAE FOLDER_OF_CLIPS_OR_WORKDIR [--frames=17]
+        [--pixels=65536] [--fps=0] [--clips=0]
 
-The last writes the averaged weights of the newest checkpoint of a run that began with published
-weights, as those were published.
+Export of a WORKDIR writes the weights of a run that began with published ones as those were
+published: the averaged weights of the newest checkpoint, or of a VAE's run WORKDIR/vae.safetensors.
+Statistics writes mean and std of the latents of these clips (of a run's training data) into the
+VAE's card.
 """
-
-import pathlib
 
 from absl import flags
 
 from sora_jax import runtime
 from sora_jax.core.errors import UserError
-from sora_jax.tasks import initial_weights
+from sora_jax.data.clip_plan import ClipOptions
+from sora_jax.tasks.exported import exporter
+from sora_jax.tasks.vae_statistics import measure_and_store
 from sora_jax.weights import published
 
 _FAMILY = flags.DEFINE_string("family", None, "The family of weights; default: recognised.")
 _CONFIG = flags.DEFINE_string("config", None, "The published config.json, where it lies apart.")
+_FRAMES = flags.DEFINE_integer("frames", 17, "statistics: longest window taken of a clip.")
+_PIXELS = flags.DEFINE_integer("pixels", 2**16, "statistics: height * width after resizing.")
+_FPS = flags.DEFINE_float("fps", 0, "statistics: faster clips are thinned to it; 0: as they are.")
+_CLIPS = flags.DEFINE_integer("clips", 0, "statistics: the first so many clips; 0: all.")
 
 USAGE = ("python -m sora_jax.weights import SOURCE TARGET [--family=NAME] [--config=CONFIG.json], "
-         "or python -m sora_jax.weights export SOURCE TARGET [--family=NAME]")
+         "python -m sora_jax.weights export SOURCE TARGET [--family=NAME], "
+         "or python -m sora_jax.weights statistics VAE CLIPS")
 
 
 def main(argv):
-    if len(argv) != 4 or argv[1] not in ("import", "export"):
+    if len(argv) != 4 or argv[1] not in ("import", "export", "statistics"):
         raise UserError(f"the arguments are {' '.join(argv[1:]) or 'none'}; usage: {USAGE}")
     _, what, source, target = argv
     if what == "import":
@@ -34,10 +43,11 @@ def main(argv):
         print(f"{family.name}: {len(flat)} parameters with {count:,} values, none left over")
         print(f"wrote {path} and its card")
         return
-    export = published.export_weights
-    if (pathlib.Path(source).expanduser() / "checkpoints").is_dir():
-        export = initial_weights.export_trained
-    for path in export(source, target, _FAMILY.value):
+    if what == "statistics":
+        options = ClipOptions(_FRAMES.value, _PIXELS.value, _FPS.value or None)
+        print("\n".join(measure_and_store(source, target, options, _CLIPS.value)))
+        return
+    for path in exporter(source)(source, target, _FAMILY.value):
         print(f"wrote {path}")
 
 

@@ -21,6 +21,7 @@ from sora_jax.weights.tensor_files import DTYPES, dtype_name, open_tensors, writ
 
 INDEX = ".safetensors.index.json"
 READ_BYTES = 2**24
+STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  # of config.json
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
 
 
@@ -202,6 +203,7 @@ def export_values(flat: dict, card: dict, path, target, family_name=None) -> lis
     config = family.from_card(card, f"the card of {path}")
     if published.get("family") != family.name:
         published = _as_new(family, config, card, path)
+    published = {**published, "config": _with_statistics(family, config, card, published["config"])}
     names = {name for file in published["files"].values() for name in file["tensors"]}
     check_names({name: x.shape for name, x in flat.items()}, family.shapes(config), str(path))
     tensors = export_tensors(family.rules(config, names), flat)
@@ -249,6 +251,16 @@ def _as_new(family, config, card, path):
                         f"{', '.join(differing)} than that layout allows")
     return {"config": published, "files": {
         f"{STEMS[0]}.safetensors": {"metadata": {"format": "pt"}, "tensors": {}}}}
+
+
+def _with_statistics(family, config, card, theirs):
+    """A VAE's published config.json with the latent statistics of its card, where those are
+    others: they were measured anew."""
+    told = family.card(theirs, config)
+    if "latent_mean" not in told or all(card[name] == told[name] for name in told):
+        return theirs
+    new = family.publish(config, card)
+    return {**theirs, **{name: new[name] for name in STATISTICS if name in new}}
 
 
 def _native(source):

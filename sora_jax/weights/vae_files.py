@@ -19,8 +19,8 @@ from sora_jax.core.disk import write_whole
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import Compression
 from sora_jax.core.tree import flatten, unflatten
-from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
-from sora_jax.weights import published, vae_family
+from sora_jax.models.video_vae import ENCODING, VideoVAE, VideoVAEConfig
+from sora_jax.weights import published, registry, vae_family
 from sora_jax.weights.quantized import dequantize, quantize
 from sora_jax.weights.rules import check_names
 from sora_jax.weights.tensor_files import open_tensors, write_tensors
@@ -34,6 +34,7 @@ class FrozenVAE:
     """A VAE that is only used. Normalised latents have mean 0 and std channel_std over its data.
 
     digest: sha256 of the weights file and the latent statistics: what a latent cache is keyed by.
+      Of a VAE whose decoder alone was trained it is that of the VAE it began with.
     """
 
     config: VideoVAEConfig
@@ -132,10 +133,10 @@ def load_vae(name: str | os.PathLike) -> FrozenVAE:
     """The VAE "builtin:NAME", of a .safetensors file with its card, or of a directory.
 
     A directory holds vae.safetensors, or weights as published of any VAE that `weights.registry`
-    knows: config.json and diffusion_pytorch_model.safetensors. Raises UserError on anything
-    missing, damaged or foreign.
+    knows: config.json and diffusion_pytorch_model.safetensors, also under "vae". Raises UserError
+    on anything missing, damaged or foreign.
     """
-    path = _weights_path(name)
+    path = vae_path(name)
     card = _read_card(path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if "_class_name" in card:
@@ -160,15 +161,49 @@ def load_vae(name: str | os.PathLike) -> FrozenVAE:
         if values is not None and (len(values) != config.z_dim or min(values) <= low):
             raise UserError(f"the card of {path} should give a latent {name} for each of the "
                             f"{config.z_dim} channels (stds above 0); it gives {values}")
-    params = jax.tree.map(jnp.asarray, unflatten(
-        {key: np.asarray(leaf, np.float32) for key, leaf in flat.items()}))
+    flat = {key: np.asarray(leaf, np.float32) for key, leaf in flat.items()}
+    params = jax.tree.map(jnp.asarray, unflatten(flat))
     digest = hashlib.sha256(json.dumps([sha256, mean, std, channels]).encode()).hexdigest()
+    if source := card.get("latents_of"):
+        if source["sha256"] != encoding_sha256(flat, mean, std, channels):
+            raise UserError(f"the card of {path} says its latents are those of another VAE "
+                            "(latents_of), and the encoder or the statistics are not; delete that "
+                            "entry of the card")
+        digest = source["digest"]
     return FrozenVAE(config, params, digest, np.asarray(mean, np.float32),
                      np.asarray(std, np.float32), card,
                      None if channels is None else np.asarray(channels, np.float32))
 
 
-def _weights_path(name) -> pathlib.Path:
+def encoding_sha256(flat: dict, mean, std, channel_std) -> str:
+    """sha256 of all that makes normalised latents of pixels: flat parameters as float32, and the
+    latent statistics (lists of numbers, the last may be None)."""
+    digest = hashlib.sha256(json.dumps([mean, std, channel_std]).encode())
+    for name in sorted(flat):
+        if name.split(".")[0] in ENCODING:
+            values = np.asarray(flat[name], np.float32) + 0  # -0 and 0 are the same
+            digest.update(name.encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def architecture(name: str | os.PathLike) -> VideoVAEConfig:
+    """The config of a VAE that `load_vae` would load; reads no tensors and uses no device."""
+    path = vae_path(name)
+    card = _read_card(path)
+    if "_class_name" not in card:
+        return vae_family.from_card(card, f"{path.stem} card")
+    family = registry.recognise(card, (), str(path))
+    if family.format != FORMAT:
+        raise UserError(f"{path} are weights of {family.name}, which is no VAE")
+    try:
+        return family.config(card, {})
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the config.json of {path} is none of {family.name}: {error!r}") from None
+
+
+def vae_path(name) -> pathlib.Path:
+    """The weights file that `load_vae` reads; raises UserError where there is none."""
     text = str(name)
     if text.startswith("builtin:"):
         path = BUILTIN / f"{text.removeprefix('builtin:')}_vae.safetensors"
@@ -180,7 +215,8 @@ def _weights_path(name) -> pathlib.Path:
         return path
     path = pathlib.Path(text).expanduser()
     if path.is_dir():
-        names = ("vae.safetensors", "diffusion_pytorch_model.safetensors")
+        published_name = "diffusion_pytorch_model.safetensors"
+        names = ("vae.safetensors", published_name, f"vae/{published_name}")
         found = [path / each for each in names if (path / each).is_file()]
         if not found:
             raise UserError(f"{path} holds none of {', '.join(names)}")

@@ -119,7 +119,7 @@ def test_the_shipped_vae_is_small_and_reconstructs_its_world():
     from sora_jax.data.moving_shapes.world import ShapesSpec, generate
     from sora_jax.evaluation.pixel_metrics import psnr
 
-    path = vae_files._weights_path("builtin:moving_shapes")
+    path = vae_files.vae_path("builtin:moving_shapes")
     assert path.stat().st_size <= 2_000_000
     vae = load_vae("builtin:moving_shapes")
     spec = ShapesSpec(split="held_out", sizes=((48, 48, 1.0),), frames=((17, 1.0),))
