@@ -51,6 +51,8 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         "max_frames": 17,  # 1 + 4k; longer clips are cut into windows
         "max_windows": 1,  # windows taken of one clip
+        # consecutive frames in windows | uniform: max_frames frames spread over the whole clip
+        "frame_sampling": "consecutive",
         "max_pixels": 96 * 96,  # height * width after resizing
         "fps": 0.0,  # faster clips are thinned to this rate; 0 = as they are
     })

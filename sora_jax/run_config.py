@@ -10,6 +10,7 @@ from sora_jax import workdir as workdir_files
 from sora_jax.checkpoint import CheckpointConfig
 from sora_jax.core.config import from_mapping
 from sora_jax.core.errors import UserError
+from sora_jax.data.clip_plan import FRAME_SAMPLINGS
 from sora_jax.data.conditioning import ConditioningConfig
 from sora_jax.data.moving_shapes.world import ShapesSpec
 from sora_jax.data.packing import PackingConfig
@@ -47,8 +48,18 @@ class DataConfig:
     max_windows: int  # windows taken of one clip
     max_pixels: int  # height * width after resizing
     fps: float  # faster clips are thinned to this rate; 0 = as they are
+    # The defaults below are those of configs/base.py; they stand here too so that workdirs written
+    # before these fields can still be read.
+    frame_sampling: str = "consecutive"  # consecutive | uniform (spread over the whole clip)
 
     def __post_init__(self):
+        if self.frame_sampling not in FRAME_SAMPLINGS:
+            raise UserError(f"data.frame_sampling = {self.frame_sampling!r} is unknown; allowed: "
+                            f"{', '.join(FRAME_SAMPLINGS)}")
+        if self.frame_sampling == "uniform" and self.max_windows != 1:
+            raise UserError(
+                f"data.frame_sampling = 'uniform' makes one clip of each video, and "
+                f"data.max_windows = {self.max_windows}; set it to 1, or sample consecutive frames")
         if self.dataset not in DATASETS:
             raise UserError(
                 f"data.dataset = {self.dataset!r} is unknown; allowed: {', '.join(DATASETS)}"

@@ -6,7 +6,9 @@ import logging
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import Compression, VideoSpec
 from sora_jax.data.decode import decode_video
-from sora_jax.data.transforms import ClipWindow, choose_size, windows
+from sora_jax.data.transforms import ClipWindow, choose_size, spread_window, windows
+
+FRAME_SAMPLINGS = ("consecutive", "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +19,15 @@ class ClipOptions:
     max_pixels: int  # height * width of a clip
     target_fps: float | None = None  # faster records are resampled to it; None keeps every rate
     max_windows: int = 1  # clips of one record, without overlap
+    frame_sampling: str = "consecutive"  # uniform: one clip, spread over the whole record
 
     def __str__(self):
         """Readable text for the key of a latent cache."""
         rate = "own fps" if self.target_fps is None else f"up to {self.target_fps:g} fps"
-        return (f"up to {self.max_frames} frames of {self.max_pixels} pixels, {rate}, "
-                f"{self.max_windows} windows")
+        cut = f"{self.max_windows} windows"
+        if self.frame_sampling == "uniform":
+            cut = "spread over each record"
+        return f"up to {self.max_frames} frames of {self.max_pixels} pixels, {rate}, {cut}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +60,8 @@ def clip_plan(source, options: ClipOptions, compression: Compression,
             num_small += 1
             continue
         size = choose_size(height, width, options.max_pixels, multiple)
-        for window in windows(int(specs.num_frames[record]), float(specs.fps[record]),
-                              options.target_fps, options.max_frames, compression.time,
-                              options.max_windows):
+        for window in _windows(int(specs.num_frames[record]), float(specs.fps[record]), options,
+                               compression.time):
             planned.append(PlannedClip(record, window, VideoSpec(window.num_frames, *size)))
     if num_small:
         logging.warning("%d of %d records are smaller than %dx%d and are left out", num_small,
@@ -68,8 +72,20 @@ def clip_plan(source, options: ClipOptions, compression: Compression,
     return planned
 
 
+def _windows(num_frames: int, fps: float, options: ClipOptions, time_compression: int):
+    """The windows of one record."""
+    shape = num_frames, fps, options.target_fps, options.max_frames, time_compression
+    if options.frame_sampling == "uniform":
+        return [spread_window(*shape)]
+    return windows(*shape, options.max_windows)
+
+
 def decode_clip(video: bytes, window: ClipWindow, height: int, width: int, name: str):
     """pixels_THWC uint8 of a window at a size, cut where the aspect differs. Raises DecodeError."""
+    if window.spread:
+        seconds = [k / window.fps for k in range(window.num_frames)]
+        return decode_video(video, seconds=seconds, height=height, width=width,
+                            name=name).pixels_THWC
     return decode_video(
         video, start_frame=window.start_frame, num_frames=window.num_frames,
         fps=window.fps if window.resampled else None, height=height, width=width, name=name,

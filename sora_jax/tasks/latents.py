@@ -30,7 +30,7 @@ def clip_options(config: RunConfig) -> ClipOptions:
     data = config.data
     return ClipOptions(
         max_frames=data.max_frames, max_pixels=data.max_pixels, target_fps=data.fps or None,
-        max_windows=data.max_windows,
+        max_windows=data.max_windows, frame_sampling=data.frame_sampling,
     )
 
 
