@@ -53,6 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "max_windows": 1,  # windows taken of one clip
         # consecutive frames in windows | uniform: max_frames frames spread over the whole clip
         "frame_sampling": "consecutive",
+        "stills_per_video": 0,  # single frames taken of every video beside its clips, as images
         "max_pixels": 96 * 96,  # height * width after resizing
         "fps": 0.0,  # faster clips are thinned to this rate; 0 = as they are
     })
@@ -89,6 +90,7 @@ def get_config(arg: str = "") -> ConfigDict:
         # "uniform" | "resolution", "low": 0.0, "high": 0.5, "few_patches": 64,
         # "many_patches": 1024} (sora_jax/data/token_drop.py)
         "token_drop": None,
+        "image_token_share": None,  # of clips of one frame in the tokens; None = as the data are
     })
 
     config.model = ConfigDict({

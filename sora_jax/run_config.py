@@ -51,11 +51,14 @@ class DataConfig:
     # The defaults below are those of configs/base.py; they stand here too so that workdirs written
     # before these fields can still be read.
     frame_sampling: str = "consecutive"  # consecutive | uniform (spread over the whole clip)
+    stills_per_video: int = 0  # single frames taken of every video beside its clips, as images
 
     def __post_init__(self):
         if self.frame_sampling not in FRAME_SAMPLINGS:
             raise UserError(f"data.frame_sampling = {self.frame_sampling!r} is unknown; allowed: "
                             f"{', '.join(FRAME_SAMPLINGS)}")
+        if self.stills_per_video < 0:
+            raise UserError(f"data.stills_per_video = {self.stills_per_video} must not be negative")
         if self.frame_sampling == "uniform" and self.max_windows != 1:
             raise UserError(
                 f"data.frame_sampling = 'uniform' makes one clip of each video, and "

@@ -6,7 +6,7 @@ import logging
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import Compression, VideoSpec
 from sora_jax.data.decode import decode_video
-from sora_jax.data.transforms import ClipWindow, choose_size, spread_window, windows
+from sora_jax.data.transforms import ClipWindow, choose_size, spread_window, still_windows, windows
 
 FRAME_SAMPLINGS = ("consecutive", "uniform")
 
@@ -20,6 +20,7 @@ class ClipOptions:
     target_fps: float | None = None  # faster records are resampled to it; None keeps every rate
     max_windows: int = 1  # clips of one record, without overlap
     frame_sampling: str = "consecutive"  # uniform: one clip, spread over the whole record
+    stills_per_video: int = 0  # single frames, as images, beside the clips of every video
 
     def __str__(self):
         """Readable text for the key of a latent cache."""
@@ -27,6 +28,8 @@ class ClipOptions:
         cut = f"{self.max_windows} windows"
         if self.frame_sampling == "uniform":
             cut = "spread over each record"
+        if self.stills_per_video:
+            cut += f", {self.stills_per_video} stills of each video"
         return f"up to {self.max_frames} frames of {self.max_pixels} pixels, {rate}, {cut}"
 
 
@@ -37,6 +40,11 @@ class PlannedClip:
     record: int
     window: ClipWindow
     spec: VideoSpec
+    tag: str = ""  # tells it from other clips that begin at the same frame of the record
+
+    def id(self, record_id: str) -> str:
+        """Of the clip, from that of its record."""
+        return f"{record_id}@{self.window.start_frame}{self.tag}"
 
 
 def clip_plan(source, options: ClipOptions, compression: Compression,
@@ -60,9 +68,9 @@ def clip_plan(source, options: ClipOptions, compression: Compression,
             num_small += 1
             continue
         size = choose_size(height, width, options.max_pixels, multiple)
-        for window in _windows(int(specs.num_frames[record]), float(specs.fps[record]), options,
-                               compression.time):
-            planned.append(PlannedClip(record, window, VideoSpec(window.num_frames, *size)))
+        for window, tag in _windows(int(specs.num_frames[record]), float(specs.fps[record]),
+                                    options, compression.time):
+            planned.append(PlannedClip(record, window, VideoSpec(window.num_frames, *size), tag))
     if num_small:
         logging.warning("%d of %d records are smaller than %dx%d and are left out", num_small,
                         len(source), multiple, multiple)
@@ -73,11 +81,16 @@ def clip_plan(source, options: ClipOptions, compression: Compression,
 
 
 def _windows(num_frames: int, fps: float, options: ClipOptions, time_compression: int):
-    """The windows of one record."""
+    """(window, tag) of the clips of one record."""
     shape = num_frames, fps, options.target_fps, options.max_frames, time_compression
     if options.frame_sampling == "uniform":
-        return [spread_window(*shape)]
-    return windows(*shape, options.max_windows)
+        found = [spread_window(*shape)]
+    else:
+        found = windows(*shape, options.max_windows)
+    is_video = found[0].num_frames > 1
+    return [(window, "") for window in found] + [
+        (window, "still") for window in still_windows(
+            num_frames, fps, options.stills_per_video if is_video else 0)]
 
 
 def decode_clip(video: bytes, window: ClipWindow, height: int, width: int, name: str):

@@ -109,6 +109,7 @@ class PackedBatches:
             grid_C3=np.asarray(cache.shape_C3, np.int64) // np.asarray(self.patch),
             empty_tokens=1 if text is None else text.empty_tokens,
             can_cut=text is None,
+            is_image_C=cache.video_C3[:, 0] == 1,
         )
         self.num_cut_captions = packing.check_lengths(self.lengths, config)
         self.steps_per_block = packing.plan_steps(self.lengths, config, seed)

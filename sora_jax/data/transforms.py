@@ -108,6 +108,14 @@ def spread_window(num_frames: int, fps: float, target_fps: float | None, max_fra
     return ClipWindow(0, run.num_frames, rate, resampled=False, spread=True)
 
 
+def still_windows(num_frames: int, fps: float, count: int) -> list[ClipWindow]:
+    """`count` single frames (all, where there are fewer), evenly spread and none of them the first
+    or the last if that can be avoided."""
+    count = min(count, num_frames)
+    return [ClipWindow((2 * i + 1) * num_frames // (2 * count), 1, fps, resampled=False)
+            for i in range(count)]
+
+
 def to_float(pixels_uint8) -> np.ndarray:
     """float32 in [-1, 1] from uint8."""
     return pixels_uint8.astype(np.float32) * np.float32(1 / 127.5) - np.float32(1)

@@ -31,6 +31,7 @@ def clip_options(config: RunConfig) -> ClipOptions:
     return ClipOptions(
         max_frames=data.max_frames, max_pixels=data.max_pixels, target_fps=data.fps or None,
         max_windows=data.max_windows, frame_sampling=data.frame_sampling,
+        stills_per_video=data.stills_per_video,
     )
 
 
@@ -81,7 +82,7 @@ def build_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) -
                 latents = encode(vae, [pixels for *_, pixels in kept], batch)
                 for (item, record, _), latents_THWC in zip(kept, latents, strict=True):
                     writer.add(
-                        f"{record.id}@{item.window.start_frame}", latents_THWC, record.captions,
+                        item.id(record.id), latents_THWC, record.captions,
                         item.spec.frames, item.spec.height, item.spec.width, item.window.fps,
                     )
             done += len(clips)
