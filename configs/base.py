@@ -53,6 +53,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "max_windows": 1,  # windows taken of one clip
         # consecutive frames in windows | uniform: max_frames frames spread over the whole clip
         "frame_sampling": "consecutive",
+        # ((pixels, weight), ...): clips are cached at each, every visit draws one; () = max_pixels
+        "resolutions": (),
         "stills_per_video": 0,  # single frames taken of every video beside its clips, as images
         "max_pixels": 96 * 96,  # height * width after resizing
         "fps": 0.0,  # faster clips are thinned to this rate; 0 = as they are

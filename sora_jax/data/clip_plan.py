@@ -21,6 +21,7 @@ class ClipOptions:
     max_windows: int = 1  # clips of one record, without overlap
     frame_sampling: str = "consecutive"  # uniform: one clip, spread over the whole record
     stills_per_video: int = 0  # single frames, as images, beside the clips of every video
+    resolutions: tuple[int, ...] = ()  # pixels, rising: clips are made at each; (): at max_pixels
 
     def __str__(self):
         """Readable text for the key of a latent cache."""
@@ -30,7 +31,8 @@ class ClipOptions:
             cut = "spread over each record"
         if self.stills_per_video:
             cut += f", {self.stills_per_video} stills of each video"
-        return f"up to {self.max_frames} frames of {self.max_pixels} pixels, {rate}, {cut}"
+        pixels = " and ".join(map(str, self.resolutions or (self.max_pixels,)))
+        return f"up to {self.max_frames} frames of {pixels} pixels, {rate}, {cut}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +43,22 @@ class PlannedClip:
     window: ClipWindow
     spec: VideoSpec
     tag: str = ""  # tells it from other clips that begin at the same frame of the record
+    resolutions: tuple[int, ...] = ()  # those of ClipOptions, by index, that give it this size
+
+    def clip_id(self, record_id: str) -> str:
+        """Of the clip at any size, from that of its record."""
+        return f"{record_id}@{self.window.start_frame}{self.tag}"
 
     def id(self, record_id: str) -> str:
-        """Of the clip, from that of its record."""
-        return f"{record_id}@{self.window.start_frame}{self.tag}"
+        """Of the clip at this size."""
+        size = f" {self.spec.height}x{self.spec.width}" if self.resolutions else ""
+        return self.clip_id(record_id) + size
 
 
 def clip_plan(source, options: ClipOptions, compression: Compression,
               patch=(1, 1, 1)) -> list[PlannedClip]:
-    """Clips of all records, in the order of records and windows; equal `spec`s can be encoded
+    """Clips of all records, in the order of records and windows, each at every size that the
+    resolutions give it; equal `spec`s can be encoded
     together. Sizes are multiples of the VAE's compression times the patch (pt, ph, pw) in latents.
 
     Records smaller than one such block are left out and counted in the log. Raises UserError where
@@ -67,10 +76,12 @@ def clip_plan(source, options: ClipOptions, compression: Compression,
         if min(height, width) < multiple:
             num_small += 1
             continue
-        size = choose_size(height, width, options.max_pixels, multiple)
+        sizes = _sizes(height, width, options, multiple)
         for window, tag in _windows(int(specs.num_frames[record]), float(specs.fps[record]),
                                     options, compression.time):
-            planned.append(PlannedClip(record, window, VideoSpec(window.num_frames, *size), tag))
+            planned += [
+                PlannedClip(record, window, VideoSpec(window.num_frames, *size), tag, resolutions)
+                for size, resolutions in sizes.items()]
     if num_small:
         logging.warning("%d of %d records are smaller than %dx%d and are left out", num_small,
                         len(source), multiple, multiple)
@@ -78,6 +89,17 @@ def clip_plan(source, options: ClipOptions, compression: Compression,
         raise UserError(f"none of the {len(source)} records has a clip to encode: each must be at "
                         f"least {multiple}x{multiple} pixels; use larger videos")
     return planned
+
+
+def _sizes(height: int, width: int, options: ClipOptions, multiple: int):
+    """{(height, width): indices of the resolutions that give it}; no indices without any."""
+    if not options.resolutions:
+        return {choose_size(height, width, options.max_pixels, multiple): ()}
+    sizes = {}
+    for index, pixels in enumerate(options.resolutions):
+        size = choose_size(height, width, pixels, multiple)
+        sizes[size] = (*sizes.get(size, ()), index)
+    return sizes
 
 
 def _windows(num_frames: int, fps: float, options: ClipOptions, time_compression: int):

@@ -46,31 +46,37 @@ class Draws:
         self.share = None
         if config.image_token_share is not None:
             assert lengths.is_image_C is not None
+            is_image_U = lengths.is_image_C
+            if lengths.variants is not None:
+                is_image_U = lengths.variants.any(is_image_U)
             self.share = image_share(
-                config.image_token_share, lengths.is_image_C, lengths.mean_tokens(config),
-                least_tokens, max(least_clips, len(lengths)))
+                config.image_token_share, is_image_U, lengths.mean_tokens(config),
+                least_tokens, max(least_clips, lengths.num_units))
             self.epochs = self.share.num_passes
 
     def draw_packed(self):
         """(whole epochs of clips, or a share of images; the row each is packed in)."""
         if self.share is None:
-            clips_O = np.concatenate(
-                [self.rng.permutation(len(self.lengths)) for _ in range(self.epochs)])
-            visits_O = np.repeat(np.arange(self.epochs), len(self.lengths))
+            num = self.lengths.num_units
+            units_O = np.concatenate([self.rng.permutation(num) for _ in range(self.epochs)])
+            visits_O = np.repeat(np.arange(self.epochs), num)
         else:
-            clips_O, visits_O = self.share.block(self.seed, self.block)
-            order = self.rng.permutation(len(clips_O))
-            clips_O, visits_O = clips_O[order], visits_O[order]
-        drawn = self._with_lengths(clips_O, visits_O)
+            units_O, visits_O = self.share.block(self.seed, self.block)
+            order = self.rng.permutation(len(units_O))
+            units_O, visits_O = units_O[order], visits_O[order]
+        drawn = self._with_lengths(units_O, visits_O)
         return drawn, pack(drawn.tokens_O, drawn.text_O, self.config)
 
     def draw_pass(self, visit: int) -> Drawn:
         """Every clip once more; with a share of images, as many as keep it."""
-        clips_O = (self.rng.permutation(len(self.lengths)) if self.share is None
+        units_O = (self.rng.permutation(self.lengths.num_units) if self.share is None
                    else self.share.more(self.rng))
-        return self._with_lengths(clips_O, np.full(len(clips_O), visit))
+        return self._with_lengths(units_O, np.full(len(units_O), visit))
 
-    def _with_lengths(self, clips_O, visits_O):
+    def _with_lengths(self, units_O, visits_O):
+        variants, clips_O = self.lengths.variants, units_O
+        if variants is not None:
+            clips_O = variants.draw(self.seed, self.block, units_O, visits_O)
         captions_O = _draw_captions(self.lengths, self.config, self.rng, clips_O)
         text_O = _text_tokens(self.lengths, self.config, clips_O, captions_O)
         drop, grid_C3 = self.config.token_drop, self.lengths.grid_C3

@@ -18,6 +18,7 @@ from sora_jax.data.best_fit import LOOSE_SHARE
 from sora_jax.data.draws import Drawn, Draws
 from sora_jax.data.image_share import Balance
 from sora_jax.data.token_drop import TokenDropConfig
+from sora_jax.data.variants import Variants
 
 MAX_CLIPS = 64
 MIN_BLOCK_CLIPS = 8192
@@ -76,6 +77,7 @@ class ClipLengths:
     grid_C3 int: size of each clip in patches (t, h, w); only dropping tokens asks for it.
     empty_tokens: text tokens of a dropped caption. can_cut: captions may be cut to caption_limit.
     is_image_C bool: clips of one frame; only an image_token_share asks for it.
+    variants: which of the C are one clip at several resolutions; None: each is a clip of its own.
     """
 
     tokens_C: np.ndarray
@@ -85,6 +87,7 @@ class ClipLengths:
     empty_tokens: int = 1
     can_cut: bool = True
     is_image_C: np.ndarray | None = None
+    variants: Variants | None = None
 
     def __len__(self):
         return len(self.tokens_C)
@@ -95,11 +98,17 @@ class ClipLengths:
             return self.tokens_C
         return token_drop.most_kept(config.token_drop, self.grid_C3)
 
+    @property
+    def num_units(self) -> int:
+        """U, clips that a pass visits: one for all the sizes of a clip."""
+        return len(self) if self.variants is None else len(self.variants)
+
     def mean_tokens(self, config: PackingConfig):
-        """The video tokens (C,) that a clip takes in a row on average, after dropping."""
-        if config.token_drop is None:
-            return self.tokens_C
-        return token_drop.mean_kept(config.token_drop, self.grid_C3)
+        """The video tokens (U,) that a visit takes in a row on average, after dropping."""
+        tokens_C = self.tokens_C
+        if config.token_drop is not None:
+            tokens_C = token_drop.mean_kept(config.token_drop, self.grid_C3)
+        return tokens_C if self.variants is None else self.variants.mean(tokens_C)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +178,10 @@ def check_lengths(lengths: ClipLengths, config: PackingConfig) -> int:
 def block_epochs(lengths: ClipLengths, config: PackingConfig) -> int:
     """Epochs of one block: at least MIN_BLOCK_CLIPS clips and about MIN_BLOCK_STEPS steps."""
     tokens = MIN_BLOCK_STEPS * config.rows * config.row_tokens
+    of_a_pass = lengths.tokens_C if lengths.variants is None else lengths.variants.mean(
+        lengths.tokens_C)
     return max(
-        -(-MIN_BLOCK_CLIPS // len(lengths)), -(-tokens // int(np.sum(lengths.tokens_C))), 1
+        -(-MIN_BLOCK_CLIPS // lengths.num_units), -(-tokens // int(np.sum(of_a_pass))), 1
     )
 
 

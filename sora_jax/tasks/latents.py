@@ -32,6 +32,7 @@ def clip_options(config: RunConfig) -> ClipOptions:
         max_frames=data.max_frames, max_pixels=data.max_pixels, target_fps=data.fps or None,
         max_windows=data.max_windows, frame_sampling=data.frame_sampling,
         stills_per_video=data.stills_per_video,
+        resolutions=tuple(pixels for pixels, _ in sorted(data.resolutions)),
     )
 
 
@@ -84,6 +85,8 @@ def build_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) -
                     writer.add(
                         item.id(record.id), latents_THWC, record.captions,
                         item.spec.frames, item.spec.height, item.spec.width, item.window.fps,
+                        clip=item.clip_id(record.id) if item.resolutions else "",
+                        resolutions=item.resolutions,
                     )
             done += len(clips)
             if failed > MAX_UNREADABLE_SHARE * len(plan):
