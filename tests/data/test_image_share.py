@@ -62,6 +62,16 @@ def test_images_get_their_share_of_the_tokens_and_rows_stay_full(share, num_imag
     assert np.unique(visits, axis=1).shape == visits.shape  # no visit twice
 
 
+def test_filling_rows_keeps_the_share_where_only_images_still_fit(monkeypatch):
+    monkeypatch.setattr(packing, "MIN_BLOCK_CLIPS", 50)
+    grid = np.repeat([[1, 2, 2], [3, 11, 11]], 60, axis=0)  # one video a row leaves 149 tokens
+    lengths = ClipLengths(grid.prod(axis=1), np.full(120, 9), np.arange(121), grid,
+                          is_image_C=grid[:, 0] == 1)
+    (plan,) = make_plans(lengths, make_config(0.1), [1])
+    assert image_tokens(lengths, plan) == pytest.approx(0.1, abs=0.01)
+    assert plan.num_filled > 0
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_of_none_or_all_leaves_the_other_kind_out(share):
     lengths = make_lengths(40, 40)

@@ -61,6 +61,8 @@ def test_every_visit_of_a_clip_draws_one_size_by_the_weights(cache):
     for mine_O, weights in ((~small_O, WEIGHTS), (small_O, (0.8, 0.0, 0.2))):
         shares = [(side_C[drawn_O[mine_O]] == side).mean() for side in SIDES]
         np.testing.assert_allclose(shares, weights, atol=0.015)
+    for other in ((2, 0), (1, 1)):  # another seed, another block
+        assert not np.array_equal(variants.draw(*other, units_O, visits_O), drawn_O)
     tokens_C = cache.shape_C3.prod(axis=1)
     assert variants.mean(tokens_C).mean() == pytest.approx(tokens_C[drawn_O].mean(), rel=0.02)
 

@@ -93,7 +93,7 @@ def test_resolutions_and_stills_are_cached_once_and_weights_encode_nothing_again
     np.testing.assert_array_equal(cache.resolution_CR[:, 1], ~small | one_size)
     other = config_of(resolutions=((16 * 16, 1.0), (32 * 32, 9.0)), stills_per_video=1)
     assert latents.open_latents(other, str(tmp_path), vae, "train").key == cache.key
-    assert other.data.resolution_weights == (1.0, 9.0)
+    assert config.data.resolution_weights == (3.0, 1.0), "in rising order of the resolutions"
     with pytest.raises(UserError, match="stale: clips is .*256 and 1024 pixels"):
         latents.open_latents(config_of(stills_per_video=1), str(tmp_path), vae, "train")
 
