@@ -8,7 +8,7 @@ Result:   coherent shapes of the right colour, some of which move the right way;
           goal is 85 %; the latents allow 92 %. No two seeds were run at equal steps.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -92,7 +92,8 @@ def get_config(arg: str = "") -> ConfigDict:
         # "uniform" | "resolution", "low": 0.0, "high": 0.5, "few_patches": 64,
         # "many_patches": 1024} (sora_jax/data/token_drop.py)
         "token_drop": None,
-        "image_token_share": None,  # of clips of one frame in the tokens; None = as the data are
+        # share of the tokens that clips of one frame get; None (the default) = as the data are
+        "image_token_share": config_dict.placeholder(float),
     })
 
     config.model = ConfigDict({

@@ -1,10 +1,14 @@
 """Options of how clips are made reach the latent cache, its key and the batches: from a config to
 the facts that condition the model."""
 
+import pathlib
+import sys
 import types
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs.base import get_config
 from sora_jax.core.errors import UserError
@@ -107,3 +111,14 @@ def test_wrong_options_are_refused_in_one_line(data, words):
     with pytest.raises(UserError, match=words) as caught:
         config_of(**data)
     assert "\n" not in str(caught.value)
+
+
+def test_the_share_of_images_can_be_set_on_the_command_line(monkeypatch):
+    base = pathlib.Path(__file__).parents[2] / "configs" / "base.py"
+    monkeypatch.setattr(sys, "argv", ["train", f"--config={base}",
+                                      "--config.packing.image_token_share=0.3"])
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(sys.argv)
+    assert resolve(values.config).packing.image_token_share == 0.3
+    assert resolve(get_config()).packing.image_token_share is None
