@@ -8,7 +8,7 @@ Result:   coherent shapes of the right colour, some of which move the right way;
           goal is 85 %; the latents allow 92 %. No two seeds were run at equal steps.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -51,6 +51,11 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         "max_frames": 17,  # 1 + 4k; longer clips are cut into windows
         "max_windows": 1,  # windows taken of one clip
+        # consecutive frames in windows | uniform: max_frames frames spread over the whole clip
+        "frame_sampling": "consecutive",
+        # ((pixels, weight), ...): clips are cached at each, every visit draws one; () = max_pixels
+        "resolutions": (),
+        "stills_per_video": 0,  # single frames taken of every video beside its clips, as images
         "max_pixels": 96 * 96,  # height * width after resizing
         "fps": 0.0,  # faster clips are thinned to this rate; 0 = as they are
     })
@@ -87,6 +92,8 @@ def get_config(arg: str = "") -> ConfigDict:
         # "uniform" | "resolution", "low": 0.0, "high": 0.5, "few_patches": 64,
         # "many_patches": 1024} (sora_jax/data/token_drop.py)
         "token_drop": None,
+        # share of the tokens that clips of one frame get; None (the default) = as the data are
+        "image_token_share": config_dict.placeholder(float),
     })
 
     config.model = ConfigDict({

@@ -10,6 +10,7 @@ from sora_jax import workdir as workdir_files
 from sora_jax.checkpoint import CheckpointConfig
 from sora_jax.core.config import from_mapping
 from sora_jax.core.errors import UserError
+from sora_jax.data.clip_plan import FRAME_SAMPLINGS
 from sora_jax.data.conditioning import ConditioningConfig
 from sora_jax.data.moving_shapes.world import ShapesSpec
 from sora_jax.data.packing import PackingConfig
@@ -48,8 +49,24 @@ class DataConfig:
     max_windows: int  # windows taken of one clip
     max_pixels: int  # height * width after resizing
     fps: float  # faster clips are thinned to this rate; 0 = as they are
+    # The defaults below are those of configs/base.py; they stand here too so that workdirs written
+    # before these fields can still be read.
+    frame_sampling: str = "consecutive"  # consecutive | uniform (spread over the whole clip)
+    stills_per_video: int = 0  # single frames taken of every video beside its clips, as images
+    # (pixels, weight): every clip is cached at each, and each visit draws one; () = max_pixels
+    resolutions: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self):
+        if self.frame_sampling not in FRAME_SAMPLINGS:
+            raise UserError(f"data.frame_sampling = {self.frame_sampling!r} is unknown; allowed: "
+                            f"{', '.join(FRAME_SAMPLINGS)}")
+        if self.stills_per_video < 0:
+            raise UserError(f"data.stills_per_video = {self.stills_per_video} must not be negative")
+        if self.frame_sampling == "uniform" and self.max_windows != 1:
+            raise UserError(
+                f"data.frame_sampling = 'uniform' makes one clip of each video, and "
+                f"data.max_windows = {self.max_windows}; set it to 1, or sample consecutive frames")
+        self._check_resolutions()
         if self.dataset not in DATASETS:
             raise UserError(
                 f"data.dataset = {self.dataset!r} is unknown; allowed: {', '.join(DATASETS)}"
@@ -58,6 +75,21 @@ class DataConfig:
             raise UserError(
                 "data.folder is empty; name your folder of videos: --config.data.folder=DIR"
             )
+
+
+    @property
+    def resolution_weights(self) -> tuple[float, ...]:
+        """Of the resolutions, in rising order."""
+        return tuple(weight for _, weight in sorted(self.resolutions))
+
+    def _check_resolutions(self):
+        pixels = [pixels for pixels, _ in self.resolutions]
+        if len(set(pixels)) < len(pixels) or any(
+                not 0 < p <= self.max_pixels or not 0 < weight < math.inf
+                for p, weight in self.resolutions):
+            raise UserError(
+                f"data.resolutions = {self.resolutions} must be (pixels, weight) with different "
+                f"pixels from 1 to data.max_pixels = {self.max_pixels} and weights above 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
 
 import av
 import numpy as np
@@ -85,19 +86,25 @@ def decode_video(
     fps: float | None = None, height: int | None = None, width: int | None = None,
     fit: str = "crop", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES,
     timeout_seconds: float | None = None, name: str | None = None,
+    seconds: Sequence[float] | None = None,
 ) -> DecodedVideo:
     """Frames start_frame, start_frame + frame_stride, ... of a clip (bytes or path).
 
     num_frames: how many come back; None takes all there are. fps: first resample to this rate by
     the time stamps (the frame on display at k/fps after the first one), frames then count at that
-    rate. height, width: size of the result; one alone keeps the aspect. fit: "crop" cuts what
-    exceeds the asked aspect on both sides alike, "stretch" distorts. Transparent pixels are laid
-    on black. Raises DecodeError where fewer frames than asked can be decoded, the picture changes
-    its size on the way, or a guard (pixels, bytes, seconds) is passed.
+    rate. seconds: instead of all these, the frames whose time stamps are nearest to these moments
+    after the first one, in rising order. height, width: size of the result; one alone keeps the
+    aspect. fit: "crop" cuts what exceeds the asked aspect on both sides alike, "stretch" distorts.
+    Transparent pixels are laid on black. Raises DecodeError where fewer frames than asked can be
+    decoded, the picture changes its size on the way, or a guard (pixels, bytes, seconds) is passed.
     """
     if start_frame < 0 or frame_stride < 1 or (num_frames is not None and num_frames < 1):
         raise UserError(f"start_frame {start_frame}, num_frames {num_frames} and frame_stride "
                         f"{frame_stride} should be at least 0, 1 and 1")
+    if seconds is not None and (
+            not len(seconds) or (start_frame, num_frames, frame_stride, fps) != (0, None, 1, None)):
+        raise UserError(f"seconds = {seconds} must be one moment at least, without start_frame, "
+                        "num_frames, frame_stride or fps")
     if fit not in ("crop", "stretch"):
         raise UserError(f"fit = {fit!r} should be 'crop' or 'stretch'")
     if fps is not None and not 0 < fps <= 1000:
@@ -107,12 +114,14 @@ def decode_video(
     start = _start(data, guards, start_frame, fps) if late else _START
     with open_video(data, **guards) as video:
         timed = enumerate(timed_frames(video, start), start.index)
-        if fps is None:
+        if seconds is not None:
+            timed, num_frames = _nearest((item for _, item in timed), seconds), len(seconds)
+        elif fps is None:
             timed = (item for index, item in timed
                      if index >= start_frame and (index - start_frame) % frame_stride == 0)
         else:
             timed = _resampled((item for _, item in timed), fps, start_frame, frame_stride)
-        pictures, seconds, painter = [], [], None
+        pictures, stamps, painter = [], [], None
         for second, frame in timed:
             if painter is None:
                 painter = Painter(video.stream, frame, height, width, fit)
@@ -121,14 +130,15 @@ def decode_video(
                 raise DecodeError(video.name, f"the decoded clip is above the limit of {max_bytes} "
                                   "bytes; ask for fewer frames or a smaller size")
             pictures.append(painter.paint(frame))
-            seconds.append(second)
+            stamps.append(second)
             if len(pictures) == num_frames:
                 break
         if len(pictures) < (num_frames or 1):
-            raise DecodeError(
-                video.name, f"{num_frames or 1} frames from frame {start_frame} on with stride "
-                f"{frame_stride} were asked for, {len(pictures)} could be decoded")
-        seconds_T = np.array(seconds)
+            which = (f"from frame {start_frame} on with stride {frame_stride}" if seconds is None
+                     else f"up to {seconds[-1]:.3f} s")
+            raise DecodeError(video.name, f"{num_frames or 1} frames {which} were asked for, "
+                              f"{len(pictures)} could be decoded")
+        seconds_T = np.array(stamps)
         rate = fps / frame_stride if fps else measured_fps(seconds_T) or video.rate / frame_stride
         return DecodedVideo(np.stack(pictures), rate, seconds_T)
 
@@ -215,4 +225,28 @@ def _resampled(timed, fps, start_frame, frame_stride):
         yield k / fps, before
         k += frame_stride
     if damage is not None:
+        raise damage
+
+
+def _nearest(timed, seconds):
+    """(moment, frame) for each of `seconds`, the earlier frame where two are as near.
+
+    Damage is raised only where a moment is left that the frames before it do not cover.
+    """
+    k, before, last, gap, damage = 0, None, 0.0, 0.0, None
+    try:
+        for second, frame in timed:
+            while before is not None and seconds[k] <= (last + second) / 2:
+                yield seconds[k], before
+                k += 1
+                if k == len(seconds):
+                    return
+            gap = second - last
+            before, last = frame, second
+    except DecodeError as error:
+        damage = error
+    while before is not None and k < len(seconds) and seconds[k] <= last + gap / 2:
+        yield seconds[k], before
+        k += 1
+    if damage is not None and k < len(seconds):
         raise damage

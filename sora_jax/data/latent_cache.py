@@ -69,10 +69,14 @@ class CacheWriter:
         self._records = ShardedWriter(directory, "latents", shard_bytes)
         self._rows: list[tuple] = []
         self._captions: list[bytes] = []
+        self._sizes: list[tuple[str, tuple[int, ...]]] = []
 
     def add(self, id: str, latents_THWC, captions, frames: int, height: int, width: int,
-            fps: float) -> None:
-        """Appends one clip. Raises UserError on latents that are not finite or no 4-D array."""
+            fps: float, clip: str = "", resolutions: tuple[int, ...] = ()) -> None:
+        """Appends one clip; with `clip`, one of the sizes of that clip, which it has at these
+        resolutions (by their indices). Raises UserError on latents that are not finite or no 4-D
+        array.
+        """
         with np.errstate(over="ignore"):  # what overflows is refused below
             latents = np.asarray(latents_THWC, DTYPE)
         if latents.ndim != 4 or latents.shape[-1] != self._channels:
@@ -88,6 +92,8 @@ class CacheWriter:
         crc = self._records.write(
             _to_bytes(LatentRecord(id, latents, captions, *video, float(fps))))
         self._rows.append((id, latents.shape[:3], video, fps, crc, len(captions)))
+        if clip:
+            self._sizes.append((clip, resolutions))
         self._captions.extend(caption.encode() for caption in captions)
 
     def close(self) -> None:
@@ -119,7 +125,17 @@ class CacheWriter:
 
     def _index(self):
         ids, shapes, videos, fps, crcs, num_captions = zip(*self._rows, strict=True)
+        sizes = {}
+        if self._sizes:
+            assert len(self._sizes) == len(ids), "either all clips have sizes or none"
+            clips, resolutions = zip(*self._sizes, strict=True)
+            num = 1 + max(max(of_clip) for of_clip in resolutions)
+            sizes = {
+                "clip_C": np.unique(clips, return_inverse=True)[1].astype(np.int32),
+                "resolution_CR": np.array([np.isin(np.arange(num), of_clip)
+                                           for of_clip in resolutions])}
         return {
+            **sizes,
             "id": np.array(ids),
             "shape_C3": np.array(shapes, np.int32),
             "video_C3": np.array(videos, np.int32),
@@ -142,7 +158,8 @@ class LatentCache:
 
     shape_C3: latent (T, H, W). video_C3: pixel (frames, height, width). caption_bytes_K,
     caption_digest_K16 (None in older caches) and caption_start_C1: bytes and digest of every
-    caption; those of clip c are [start[c], start[c+1]).
+    caption; those of clip c are [start[c], start[c+1]). clip_C, resolution_CR: which entries are
+    one clip at several sizes, and at which resolutions; None in a cache without resolutions.
     `cache[i]` may be called from several threads; it raises CorruptRecord on a damaged record.
     """
 
@@ -156,10 +173,18 @@ class LatentCache:
         self.caption_bytes_K = index["caption_bytes_K"]
         self.caption_start_C1 = index["caption_start_C1"]
         self.caption_digest_K16 = index.get("caption_digest_K16")
+        self.clip_C, self.resolution_CR = index.get("clip_C"), index.get("resolution_CR")
         self._records = ShardedReader(directory, manifest["shards"], index["crc_C"])
 
     def __len__(self):
         return len(self.ids)
+
+    def largest(self) -> np.ndarray:
+        """Indices of the entries, of every clip its largest size alone."""
+        if self.clip_C is None:
+            return np.arange(len(self))
+        order = np.lexsort((-self.video_C3[:, 1:].prod(axis=1), self.clip_C))
+        return np.sort(order[np.unique(self.clip_C[order], return_index=True)[1]])
 
     def __getitem__(self, index: int) -> LatentRecord:
         return _from_bytes(self._records[index])

@@ -13,10 +13,12 @@ import logging
 import numpy as np
 
 from sora_jax.core.errors import UserError
-from sora_jax.core.rng import numpy_stream
 from sora_jax.data import token_drop
-from sora_jax.data.best_fit import LOOSE_SHARE, pack
+from sora_jax.data.best_fit import LOOSE_SHARE
+from sora_jax.data.draws import Drawn, Draws
+from sora_jax.data.image_share import Balance
 from sora_jax.data.token_drop import TokenDropConfig
+from sora_jax.data.variants import Variants
 
 MAX_CLIPS = 64
 MIN_BLOCK_CLIPS = 8192
@@ -38,6 +40,7 @@ class PackingConfig:
     window: int = 2048  # clips packed together
     balance_batches: int = 8  # batches whose rows are sorted by cost together; 1 = no balance
     token_drop: TokenDropConfig | None = None  # None keeps every token
+    image_token_share: float | None = None  # of clips of one frame; None: as the data are
 
     def __post_init__(self):
         for name in ("rows", "row_tokens", "row_text", "max_clips", "window", "balance_batches"):
@@ -50,6 +53,10 @@ class PackingConfig:
             )
         if not 0.0 <= self.caption_drop <= 1.0:
             raise UserError(f"packing.caption_drop = {self.caption_drop} must be in [0, 1]")
+        if self.image_token_share is not None and not 0.0 <= self.image_token_share <= 1.0:
+            raise UserError(
+                f"packing.image_token_share = {self.image_token_share} must be in [0, 1], or None "
+                "for the share that the data have")
         if self.caption_tokens is not None and not 1 <= self.caption_tokens <= self.row_text:
             raise UserError(
                 f"packing.caption_tokens = {self.caption_tokens} must be between 1 and "
@@ -69,6 +76,8 @@ class ClipLengths:
     caption_start_C1 int (C+1): captions of clip c are [start[c], start[c+1]); a clip may have none.
     grid_C3 int: size of each clip in patches (t, h, w); only dropping tokens asks for it.
     empty_tokens: text tokens of a dropped caption. can_cut: captions may be cut to caption_limit.
+    is_image_C bool: clips of one frame; only an image_token_share asks for it.
+    variants: which of the C are one clip at several resolutions; None: each is a clip of its own.
     """
 
     tokens_C: np.ndarray
@@ -77,6 +86,8 @@ class ClipLengths:
     grid_C3: np.ndarray | None = None
     empty_tokens: int = 1
     can_cut: bool = True
+    is_image_C: np.ndarray | None = None
+    variants: Variants | None = None
 
     def __len__(self):
         return len(self.tokens_C)
@@ -86,6 +97,18 @@ class ClipLengths:
         if config.token_drop is None:
             return self.tokens_C
         return token_drop.most_kept(config.token_drop, self.grid_C3)
+
+    @property
+    def num_units(self) -> int:
+        """U, clips that a pass visits: one for all the sizes of a clip."""
+        return len(self) if self.variants is None else len(self.variants)
+
+    def mean_tokens(self, config: PackingConfig):
+        """The video tokens (U,) that a visit takes in a row on average, after dropping."""
+        tokens_C = self.tokens_C
+        if config.token_drop is not None:
+            tokens_C = token_drop.mean_kept(config.token_drop, self.grid_C3)
+        return tokens_C if self.variants is None else self.variants.mean(tokens_C)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,16 +178,23 @@ def check_lengths(lengths: ClipLengths, config: PackingConfig) -> int:
 def block_epochs(lengths: ClipLengths, config: PackingConfig) -> int:
     """Epochs of one block: at least MIN_BLOCK_CLIPS clips and about MIN_BLOCK_STEPS steps."""
     tokens = MIN_BLOCK_STEPS * config.rows * config.row_tokens
+    of_a_pass = lengths.tokens_C if lengths.variants is None else lengths.variants.mean(
+        lengths.tokens_C)
     return max(
-        -(-MIN_BLOCK_CLIPS // len(lengths)), -(-tokens // int(np.sum(lengths.tokens_C))), 1
+        -(-MIN_BLOCK_CLIPS // lengths.num_units), -(-tokens // int(np.sum(of_a_pass))), 1
     )
+
+
+def _draws(lengths, config, seed, block) -> Draws:
+    return Draws(lengths, config, seed, block, block_epochs(lengths, config), MIN_BLOCK_CLIPS,
+                 MIN_BLOCK_STEPS * config.rows * config.row_tokens)
 
 
 def plan_steps(lengths: ClipLengths, config: PackingConfig, seed: int) -> int:
     """Steps of every block: what the first blocks need plus SLACK_SHARE, in whole batches."""
     most = 0
     for block in range(TRIED_BLOCKS):
-        most = max(most, _Block(lengths, config, seed, block).draw_packed()[1].max() + 1)
+        most = max(most, _draws(lengths, config, seed, block).draw_packed()[1].max() + 1)
     return -(-int((1 + SLACK_SHARE) * most + 1) // config.rows)
 
 
@@ -172,7 +202,7 @@ def plan_block(
     lengths: ClipLengths, config: PackingConfig, seed: int, block: int, num_steps: int
 ) -> BlockPlan:
     """The rows of a block of `num_steps` steps (from `plan_steps`). Pure."""
-    source = _Block(lengths, config, seed, block)
+    source = _draws(lengths, config, seed, block)
     num_rows = num_steps * config.rows
     for _ in range(64):  # a second draw is rare: it takes unusually long captions
         drawn, row_O = source.draw_packed()
@@ -198,87 +228,15 @@ def plan_block(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Drawn:
-    """Clips in the order drawn, each with its caption, pass, dropped share and both lengths."""
-
-    clips_O: np.ndarray
-    captions_O: np.ndarray
-    visits_O: np.ndarray
-    dropped_O: np.ndarray
-    tokens_O: np.ndarray
-    text_O: np.ndarray
-
-    def joined(self, *others):
-        """One after the other."""
-        return _Drawn(*(np.concatenate([getattr(part, field.name) for part in (self, *others)])
-                        for field in dataclasses.fields(self)))
-
-    def at(self, index):
-        return _Drawn(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
-
-
-class _Block:
-    """Where the clips of a block come from: passes over the dataset, each shuffled."""
-
-    def __init__(self, lengths, config, seed, block):
-        self.lengths, self.config, self.seed, self.block = lengths, config, seed, block
-        self.epochs = block_epochs(lengths, config)
-        self.rng = numpy_stream(seed, "packing", block)
-
-    def draw_packed(self):
-        """(whole epochs of clips, the row each is packed in)."""
-        clips_O = np.concatenate(
-            [self.rng.permutation(len(self.lengths)) for _ in range(self.epochs)])
-        visits_O = np.repeat(np.arange(self.epochs), len(self.lengths))
-        drawn = self._with_lengths(clips_O, visits_O)
-        return drawn, pack(drawn.tokens_O, drawn.text_O, self.config)
-
-    def draw_pass(self, visit: int) -> _Drawn:
-        """Every clip once more."""
-        return self._with_lengths(
-            self.rng.permutation(len(self.lengths)), np.full(len(self.lengths), visit))
-
-    def _with_lengths(self, clips_O, visits_O):
-        captions_O = _draw_captions(self.lengths, self.config, self.rng, clips_O)
-        text_O = _text_tokens(self.lengths, self.config, clips_O, captions_O)
-        drop, grid_C3 = self.config.token_drop, self.lengths.grid_C3
-        dropped_O = np.zeros(len(clips_O))
-        tokens_O = self.lengths.tokens_C[clips_O].astype(np.int64)
-        if drop is not None:
-            for visit in np.unique(visits_O):
-                mine = visits_O == visit
-                share_C = token_drop.dropped_share(drop, self.seed, self.block, visit, grid_C3)
-                dropped_O[mine] = share_C[clips_O[mine]]
-            tokens_O = token_drop.num_kept(drop, dropped_O, grid_C3[clips_O])
-        return _Drawn(clips_O, captions_O, visits_O, dropped_O, tokens_O, text_O)
-
-
-def _draw_captions(lengths, config, rng, clips_O):
-    count_O = np.diff(lengths.caption_start_C1)[clips_O]
-    captions_O = np.floor(rng.random(len(clips_O)) * np.maximum(count_O, 1)).astype(np.int64)
-    dropped_O = rng.random(len(clips_O)) < config.caption_drop
-    return np.where(dropped_O | (count_O == 0), -1, captions_O)
-
-
-def _text_tokens(lengths, config, clips_O, captions_O):
-    """Text tokens of each drawn clip."""
-    if len(lengths.caption_tokens_K):
-        flat_O = lengths.caption_start_C1[clips_O] + np.maximum(captions_O, 0)
-        text_O = lengths.caption_tokens_K[np.minimum(flat_O, len(lengths.caption_tokens_K) - 1)]
-    else:
-        text_O = np.full(len(clips_O), lengths.empty_tokens, np.int64)
-    return np.where(captions_O < 0, lengths.empty_tokens,
-                    np.minimum(text_O, config.caption_limit)).astype(np.int64)
-
-
-def _fill(source: _Block, num_rows, row_O, drawn: _Drawn):
+def _fill(source: Draws, num_rows, row_O, drawn: Drawn):
     """Clips drawn once more, and their rows, until the rows hold no more.
 
     They come from one more pass over the dataset after the other, so no clip is drawn again
-    twice before every clip was offered once.
+    twice before every clip was offered once; with a share of images, from what keeps it.
     """
-    config = source.config
+    config, is_image_C = source.config, source.lengths.is_image_C
+    balance = None if source.share is None else Balance(
+        config.image_token_share, is_image_C[drawn.clips_O], drawn.tokens_O)
     free_R = config.row_tokens - np.bincount(row_O, drawn.tokens_O, num_rows).astype(np.int64)
     text_R = config.row_text - np.bincount(row_O, drawn.text_O, num_rows).astype(np.int64)
     clips_R = config.max_clips - np.bincount(row_O, minlength=num_rows)
@@ -289,6 +247,9 @@ def _fill(source: _Block, num_rows, row_O, drawn: _Drawn):
     while len(rows) and misses < 256 and len(found_rows) < config.max_clips * num_rows:
         offered, taken = source.draw_pass(visit), []
         for i, (need, word) in enumerate(zip(offered.tokens_O, offered.text_O, strict=True)):
+            is_image = balance is not None and is_image_C[offered.clips_O[i]]
+            if balance is not None and not balance.wants(is_image):
+                continue
             fits = (free >= need) & (text >= word) & (clips > 0)
             slot = int(np.where(fits, free, np.iinfo(np.int64).max).argmin())
             if not fits[slot]:
@@ -299,6 +260,8 @@ def _fill(source: _Block, num_rows, row_O, drawn: _Drawn):
             free[slot] -= need
             text[slot] -= word
             clips[slot] -= 1
+            if balance is not None:
+                balance.add(is_image, int(need))
             taken.append(i)
             found_rows.append(rows[slot])
         found.append(offered.at(np.array(taken, np.int64)))

@@ -20,6 +20,7 @@ from sora_jax.data import conditioning, packed_rows, packing, token_drop
 from sora_jax.data.conditioning import ConditioningConfig
 from sora_jax.data.latent_cache import LatentCache
 from sora_jax.data.text_cache import TextCache
+from sora_jax.data.variants import Variants
 
 ENDLESS_STEPS = 2**31 - 1
 
@@ -86,7 +87,7 @@ class PackedBatches:
     def __init__(self, cache: LatentCache, config: packing.PackingConfig, patch, seed: int,
                  num_steps: int, process_index: int, process_count: int, max_unreadable: int,
                  num_threads: int, num_prefetch: int, text: TextCache | None,
-                 conditions: ConditioningConfig):
+                 conditions: ConditioningConfig, resolution_weights):
         if config.rows % process_count:
             raise UserError(
                 f"packing.rows = {config.rows} must be a multiple of the {process_count} "
@@ -109,6 +110,9 @@ class PackedBatches:
             grid_C3=np.asarray(cache.shape_C3, np.int64) // np.asarray(self.patch),
             empty_tokens=1 if text is None else text.empty_tokens,
             can_cut=text is None,
+            is_image_C=cache.video_C3[:, 0] == 1,
+            variants=None if cache.clip_C is None else Variants(
+                cache.clip_C, cache.resolution_CR, resolution_weights),
         )
         self.num_cut_captions = packing.check_lengths(self.lengths, config)
         self.steps_per_block = packing.plan_steps(self.lengths, config, seed)
@@ -212,16 +216,19 @@ def packed_batches(
     num_prefetch: int = 4,
     text: TextCache | None = None,
     conditions: ConditioningConfig = ConditioningConfig(),
+    resolution_weights: tuple[float, ...] = (),
 ) -> PackedBatches:
     """Packed batches of `cache`; `patch` is (pt, ph, pw) in latents. text: embeddings of its
     captions, which the batches then carry in the place of byte ids.
 
     conditions: what clips are given beside their text; the plan of rows is the same with any.
+    resolution_weights: how often each resolution is drawn, of a cache that holds clips at several.
 
     Raises UserError on an empty cache, a clip longer than a row, or sizes that do not divide.
     """
     return PackedBatches(cache, config, patch, seed, num_steps, process_index, process_count,
-                         max_unreadable, num_threads, num_prefetch, text, conditions)
+                         max_unreadable, num_threads, num_prefetch, text, conditions,
+                         resolution_weights)
 
 
 def _near(rows: int, count: int) -> str:

@@ -82,6 +82,14 @@ def most_kept(config: TokenDropConfig, grid_C3):
     return num_kept(config, dropped_share(config, 0, 0, 0, grid_C3), grid_C3)
 
 
+def mean_kept(config: TokenDropConfig, grid_C3):
+    """About the tokens that a visit keeps of every clip on average, int64 (C,)."""
+    if config.rates == "uniform":
+        middle = (config.low + config.high) / 2
+        return num_kept(config, np.full(len(grid_C3), middle), grid_C3)
+    return num_kept(config, dropped_share(config, 0, 0, 0, grid_C3), grid_C3)
+
+
 def kept_tokens(config: TokenDropConfig, seed: int, block: int, visit: int, clip: int,
                 dropped: float, grid) -> np.ndarray:
     """Indices of the tokens that stay of one clip, rising, of all its (t, h, w) in that order.

@@ -13,12 +13,14 @@ from sora_jax.data.decode import num_frames_at
 
 @dataclasses.dataclass(frozen=True, order=True)
 class ClipWindow:
-    """A run of frames of a clip, counted at `fps` (the clip's own rate unless `resampled`)."""
+    """Frames of a clip, counted at `fps`: a run of them at the clip's own rate, or `resampled` to
+    another, or `spread` evenly from its first frame to its last."""
 
     start_frame: int
     num_frames: int
     fps: float
     resampled: bool
+    spread: bool = False
 
     @property
     def start_seconds(self) -> float:
@@ -85,6 +87,33 @@ def windows(num_frames: int, fps: float, target_fps: float | None, max_frames: i
         ClipWindow(i * length + (i + 1) * spare // (count + 1), length, rate, resampled)
         for i in range(count)
     ]
+
+
+def spread_window(num_frames: int, fps: float, target_fps: float | None, max_frames: int,
+                  time_compression: int) -> ClipWindow:
+    """The clip as 1 + k * time_compression <= max_frames frames, evenly spread from its first to
+    its last; as many as there are, at no more than target_fps. `fps` is their own rate.
+
+    A clip of one frame, or max_frames = 1, gives the still in its middle. Raises UserError where
+    the duration is not known.
+    Source: ViViT, arXiv 2103.15691, section 3.2 (uniform frame sampling).
+    """
+    (run,) = windows(num_frames, fps, target_fps, max_frames, time_compression)
+    if run.num_frames == 1:
+        return run
+    if not fps > 0:
+        raise UserError(f"a clip of {num_frames} frames at {fps} frames a second has no duration "
+                        "to spread frames over; set data.frame_sampling='consecutive'")
+    rate = (run.num_frames - 1) * float(fps) / (num_frames - 1)
+    return ClipWindow(0, run.num_frames, rate, resampled=False, spread=True)
+
+
+def still_windows(num_frames: int, fps: float, count: int) -> list[ClipWindow]:
+    """`count` single frames (all, where there are fewer), evenly spread and none of them the first
+    or the last if that can be avoided."""
+    count = min(count, num_frames)
+    return [ClipWindow((2 * i + 1) * num_frames // (2 * count), 1, fps, resampled=False)
+            for i in range(count)]
 
 
 def to_float(pixels_uint8) -> np.ndarray:

@@ -67,9 +67,10 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
 
 def validation_loss(config: RunConfig, model, data_std, params, held_out, text=None) -> float:
     """Velocity error on the first held-out clips at fixed times and fixed noise, by tokens."""
-    packing = dataclasses.replace(config.packing, caption_drop=0.0, token_drop=None)
+    packing = dataclasses.replace(  # the held-out clips as they are, whatever training draws
+        config.packing, caption_drop=0.0, token_drop=None, image_token_share=None)
     loader = pipeline.packed_batches(held_out, packing, config.model.patch, seed=0, num_threads=0,
-                                     text=text)
+                                     text=text, resolution_weights=config.data.resolution_weights)
     error_fn = jax.jit(diffusion.clip_errors, static_argnums=(0, 1))
     mesh = sharding.rows_mesh(packing.rows)
     params = sharding.on_mesh(params, mesh)

@@ -38,7 +38,7 @@ def build(config: RunConfig, workdir: str) -> Task:
     loader = pipeline.packed_batches(
         train, config.packing, config.model.patch, config.seed, config.num_steps,
         jax.process_index(), jax.process_count(), text=train_text,
-        conditions=config.conditioning,
+        conditions=config.conditioning, resolution_weights=config.data.resolution_weights,
     )
     sampler = make_sampler(config, model, vae, embed=embedder(config, held_out_text))
     return Task(
@@ -198,8 +198,9 @@ def errors_with_noise(model: Transformer, data_std, params, batch: dict, time_BS
 
 
 def moving_clips(cache: LatentCache, count: int) -> list[LatentRecord]:
-    """The first clips that move, by id."""
-    moving = np.flatnonzero(cache.video_C3[:, 0] > 1)
+    """The first clips that move, by id, each at its largest size."""
+    moving = cache.largest()
+    moving = moving[cache.video_C3[moving, 0] > 1]
     order = np.argsort(cache.ids[moving], kind="stable")
     return [cache[int(clip)] for clip in moving[order][:count]]
 

@@ -30,7 +30,9 @@ def clip_options(config: RunConfig) -> ClipOptions:
     data = config.data
     return ClipOptions(
         max_frames=data.max_frames, max_pixels=data.max_pixels, target_fps=data.fps or None,
-        max_windows=data.max_windows,
+        max_windows=data.max_windows, frame_sampling=data.frame_sampling,
+        stills_per_video=data.stills_per_video,
+        resolutions=tuple(pixels for pixels, _ in sorted(data.resolutions)),
     )
 
 
@@ -81,8 +83,10 @@ def build_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) -
                 latents = encode(vae, [pixels for *_, pixels in kept], batch)
                 for (item, record, _), latents_THWC in zip(kept, latents, strict=True):
                     writer.add(
-                        f"{record.id}@{item.window.start_frame}", latents_THWC, record.captions,
+                        item.id(record.id), latents_THWC, record.captions,
                         item.spec.frames, item.spec.height, item.spec.width, item.window.fps,
+                        clip=item.clip_id(record.id) if item.resolutions else "",
+                        resolutions=item.resolutions,
                     )
             done += len(clips)
             if failed > MAX_UNREADABLE_SHARE * len(plan):

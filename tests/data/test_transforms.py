@@ -1,6 +1,8 @@
 """Claims of sizes, windows, resizing and of the plan that cuts records into clips."""
 
+import dataclasses
 import types
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from sora_jax.core.shapes import Compression, VideoSpec
 from sora_jax.data import transforms
 from sora_jax.data.clip_plan import ClipOptions, clip_plan, decode_clip
 from sora_jax.data.decode import encode_video
-from sora_jax.data.transforms import choose_size, resize, windows
+from sora_jax.data.transforms import choose_size, resize, spread_window, windows
+from tests.data.clips import write_clip
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -141,3 +144,49 @@ def test_a_planned_window_is_what_decoding_gives():
     np.testing.assert_array_equal(decode_clip(video, window, 16, 24, "a"), pixels[16:25])
     (window,) = windows(41, 8.0, 4.0, 9, 4)
     np.testing.assert_array_equal(decode_clip(video, window, 16, 24, "a"), pixels[12:30:2])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_spread_frames_reach_from_the_first_to_the_last_at_an_even_pace(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        num, most, step = (int(rng.integers(2, high)) for high in (300, 60, 6))
+        fps, target = float(rng.uniform(5, 60)), float(rng.uniform(2, 60))
+        window = spread_window(num, fps, target, most, step)
+        assert (window.num_frames - 1) % step == 0 and window.num_frames <= min(num, most)
+        if window.num_frames > 1:
+            duration = (num - 1) / fps
+            assert (window.num_frames - 1) / window.fps == pytest.approx(duration)
+            assert window.fps <= fps * (1 + 1e-9)
+            # no more than target_fps, but for the quarter of a frame that resampling rounds up
+            assert window.fps <= max(target, 0) * (1 + 0.25 / (window.num_frames - 1))
+    (middle,) = windows(41, 8.0, None, 1, 4)
+    assert spread_window(41, 8.0, None, 1, 4) == middle and middle.start_frame == 20
+    with pytest.raises(UserError, match="9 frames at 0.0 .* no duration .*frame_sampling"):
+        spread_window(9, 0.0, None, 9, 4)
+
+
+def test_spread_frames_are_what_decoding_gives_by_the_time_stamps():
+    pixels = np.random.default_rng(0).integers(0, 256, (44, 16, 24, 3)).astype(np.uint8)
+    window = spread_window(44, 8.0, None, 9, 4)
+    decoded = decode_clip(encode_video(pixels, 8.0), window, 16, 24, "a")
+    nearest = np.ceil(np.linspace(0, 43, 9) - 0.5).astype(int)  # the earlier of two as near
+    np.testing.assert_array_equal(decoded, pixels[nearest])
+    assert window.fps == pytest.approx(8 / (43 / 8))  # 8 intervals in 43 of the clip's
+    stamps = [*range(0, 40, 4), *range(40, 62, 2)]  # 21 frames; the second half at twice the rate
+    slow = write_clip(pixels[:21], codec="ffv1", container="matroska", pixel_format="bgr0",
+                      stamps=stamps, time_base=Fraction(1, 40))
+    window = spread_window(21, 20 * 40 / 60, None, 5, 4)
+    assert window.fps == pytest.approx(4 * 40 / 60)
+    decoded = decode_clip(slow, window, 16, 24, "a")
+    np.testing.assert_array_equal(decoded, pixels[[0, 4, 7, 12, 20]])  # at 0, 15, 30, 45, 60
+
+
+def test_the_clip_plan_spreads_one_clip_over_each_record_and_its_key_says_so():
+    source, before = source_of((41, 32, 32, 8), (1, 32, 32, 0)), ClipOptions(9, 96 * 96)
+    options = dataclasses.replace(before, frame_sampling="uniform")
+    video, still = clip_plan(source, options, Compression(4, 8))
+    assert video.window.spread and video.window.fps == pytest.approx(8 / 5)
+    assert video.spec == VideoSpec(9, 32, 32) and still.spec == VideoSpec(1, 32, 32)
+    assert str(before) == "up to 9 frames of 9216 pixels, own fps, 1 windows"  # of older caches
+    assert str(options) != str(before)
