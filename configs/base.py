@@ -267,6 +267,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "num_vae_clips": 64,
         "vae_features": "pixel_statistics",  # of vae_frechet; or distortion:FILE
         "seed": 1_000_000,
+        "edits": 0,  # held-out clips that are continued, looped, joined and in-painted
     })
     if arg == "runlocal":
         shrink(config)

@@ -232,6 +232,12 @@ class EvaluationConfig:
     seed: int
     # of vae_frechet: "pixel_statistics" or "distortion:FILE"
     vae_features: str = "pixel_statistics"
+    edits: int = 0  # held-out clips that are edited
+
+
+    def __post_init__(self):
+        if self.edits < 0:
+            raise UserError(f"evaluation.edits = {self.edits} must not be negative; 0 edits none")
 
 
 @dataclasses.dataclass(frozen=True)
