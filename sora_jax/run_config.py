@@ -16,18 +16,21 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pixel_batches import PixelConfig
 from sora_jax.data.text_cache import DTYPES as TEXT_DTYPES
 from sora_jax.data.video_folder.options import FolderOptions
+from sora_jax.diffusion.consistency import DistillConfig, check_student
 from sora_jax.diffusion.grids import FLOW_SPACINGS
 from sora_jax.diffusion.solvers import SAMPLERS
 from sora_jax.models.discriminator import DiscriminatorConfig
 from sora_jax.models.distortion_net import DistortionNetConfig
 from sora_jax.models.model_config import ModelConfig
 from sora_jax.models.patch_embedding import INFLATIONS
+from sora_jax.models.transformer_config import TransformerConfig
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.optim import OptimConfig
 from sora_jax.sharding import MeshConfig
 from sora_jax.weights.text_encoder_files import PADDINGS
 
-TASKS = ("diffusion", "vae", "features")
+TASKS = ("diffusion", "distill", "vae", "features")
+SAMPLED_TASKS = ("diffusion", "distill")
 DATASETS = ("moving_shapes", "video_folder")
 
 
@@ -123,8 +126,14 @@ class DiffusionConfig:
     # before these fields can still be read.
     shift_by_size: bool = True  # the shift grows with the clip; False: base_shift for every clip
     precondition: bool = True  # see diffusion/process.py; False: the network gives the velocity
+    learned_variance: bool = False  # twice the output, and the hybrid loss (diffusion/vlb.py)
+    variance_steps: int = 1000  # whose variance is learned, from noise to data
+    vlb_share: float = 0.001  # of the bound in the loss
 
     def __post_init__(self):
+        if self.variance_steps < 3 or self.vlb_share <= 0:
+            raise UserError(f"diffusion.variance_steps = {self.variance_steps} must be at least 3 "
+                            f"and vlb_share = {self.vlb_share} above 0")
         if self.base_shift <= 0 or self.base_tokens <= 0:
             raise UserError(f"diffusion.base_shift = {self.base_shift} and base_tokens = "
                             f"{self.base_tokens} must be above 0")
@@ -265,6 +274,15 @@ class RunConfig:
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     init: InitConfig = InitConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
+    distill: DistillConfig = DistillConfig()
+
+    def network(self, channels: int) -> TransformerConfig:
+        """The network for latents of so many channels."""
+        text = self.text_encoder
+        network = self.model.network(channels, text.width if text.weights else 0)
+        if not self.diffusion.learned_variance:
+            return network
+        return dataclasses.replace(network, out_channels=2 * channels)
 
 
 def resolve(mapping) -> RunConfig:
@@ -291,6 +309,14 @@ def resolve(mapping) -> RunConfig:
         raise UserError(
             "config.conditioning gives tokens times of their own, which model.modulation = 'none' "
             "cannot tell them; set it to 'linear' or 'table', or all shares to 0")
+    if config.task == "distill" and not config.init.weights:
+        raise UserError("init.weights is empty; name the workdir or the file of the model to "
+                        "distill: --config.init.weights=runs/base")
+    if config.task == "distill" and config.conditioning.frame_times:
+        raise UserError(f"conditioning.frame_times = {config.conditioning.frame_times} gives "
+                        "frames times of their own and a jump has one; set it to 0")
+    if config.task == "distill":
+        check_student(config.distill, config.sampling)
     return config
 
 

@@ -70,8 +70,9 @@ def main(_):
     workdir = runtime.WORKDIR.value
     config = run_config.load_workdir(workdir)
     settings = changed(config.sampling, changes)
-    if config.task != "diffusion":
-        raise UserError(f"{workdir} trained task {config.task!r}; sampling needs diffusion")
+    if config.task not in run_config.SAMPLED_TASKS:
+        raise UserError(f"{workdir} trained task {config.task!r}; sampling needs "
+                        f"{' or '.join(run_config.SAMPLED_TASKS)}")
     vae = load_vae(config.latents.vae)
     if ask.edit == "sample":
         vae.compression.check(ask.spec, patch=max(config.model.patch[1:]))

@@ -1,5 +1,7 @@
 """The compiled train step: loss of a task, gradient, optimizer, all on the mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
@@ -17,7 +19,7 @@ def state_functions(config, task: Task, tx, mesh):
     def create():
         with use_abstract_mesh(mesh.abstract_mesh):
             params = sharding.unbox(task.init(stream(config.seed, "init")))
-        return train_state.create(params, tx)
+        return train_state.create(params, tx, task.from_teacher)
 
     abstract = jax.eval_shape(create)
     shardings = sharding.state_shardings(abstract, param_shardings, mesh)
@@ -32,7 +34,9 @@ def with_initial(task: Task, create, shardings):
 
     def start():
         params = sharding.placed(task.initial(), shardings.params)
-        return create().replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+        copies = ("ema_params", *(("initial_params",) if task.from_teacher else ()))
+        return create().replace(
+            params=params, **{name: jax.tree.map(jnp.copy, params) for name in copies})
 
     return start
 
@@ -45,8 +49,12 @@ def make_step(config, task: Task, tx, mesh, shardings):
 
     def step(state, batch):
         key = stream(config.seed, "train", state.step)
+        loss_fn = task.loss
+        if task.from_teacher:
+            loss_fn = functools.partial(
+                loss_fn, average=state.ema_params, teacher=state.initial_params)
         with use_abstract_mesh(mesh.abstract_mesh):
-            (loss, scalars), grads = jax.value_and_grad(task.loss, has_aux=True)(
+            (loss, scalars), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params, batch, key
             )
         state, update = train_state.apply_gradients(

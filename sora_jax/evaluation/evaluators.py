@@ -42,6 +42,7 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
     the PSNR and SSIM of the VAE.
 
     latents_prompt_match is that of the prompts' true clips through the VAE: the model's ceiling.
+    A distilled model has no validation_loss: its velocity is that of jumps.
     """
     vae = load_vae(config.latents.vae)
     model = diffusion.make_model(config, vae)
@@ -49,7 +50,7 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
     text = open_text(config, workdir, held_out, "held_out")
     sampler = diffusion.make_sampler(config, model, vae, embed=embedder(config, text))
     results = {}
-    if config.evaluation.num_loss_clips:
+    if config.evaluation.num_loss_clips and config.task == "diffusion":
         results["validation_loss"] = validation_loss(
             config, model, data_std(config.diffusion, vae), params, held_out, text
         )
@@ -150,4 +151,5 @@ def evaluate_features(config: RunConfig, params, workdir: str) -> dict[str, floa
 
 
 EVALUATORS = {
-    "diffusion": evaluate_diffusion, "vae": evaluate_vae, "features": evaluate_features}
+    "diffusion": evaluate_diffusion, "distill": evaluate_diffusion, "vae": evaluate_vae,
+    "features": evaluate_features}

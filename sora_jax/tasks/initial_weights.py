@@ -32,7 +32,7 @@ FREE = ("remat", "unroll", "compute_dtype", "product_dtype", "num_position_frequ
 CALLED = {
     "text": "config.model.text_attention", "text_width": "config.text_encoder.width",
     "text_bytes": "config.text_encoder.weights", "in_channels": "config.latents.vae's z_dim",
-    "out_channels": "config.latents.vae's z_dim",
+    "out_channels": "config.latents.vae's z_dim, twice that with diffusion.learned_variance,",
 }
 
 
@@ -100,9 +100,7 @@ def open_initial(where: str) -> Initial:
 
 def _of_workdir(path):
     run = run_config.load_workdir(path)
-    encoder = run.text_encoder
-    network = run.model.network(load_vae(run.latents.vae).config.z_dim,
-                                encoder.width if encoder.weights else 0)
+    network = run.network(load_vae(run.latents.vae).config.z_dim)
     with checkpoint.Checkpointer(path, run.checkpoint, read_only=True) as checkpoints:
         _, params = checkpoints.restore_params()
     flat = {name: np.asarray(x) for name, x in flatten(params).items()}

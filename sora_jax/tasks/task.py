@@ -22,13 +22,16 @@ class Task:
     function of the step. `sample` and `finish` (once, after the last step) write files into a
     workdir and return their paths. `optimizer`: None takes that of config.optim for everything.
     `initial()` gives parameters to begin a fresh run with, as nested dicts of numpy arrays.
+    `from_teacher`: the state keeps those, and `loss` takes two more trees by name, which are not
+    differentiated: `average`, the averaged parameters, and `teacher`, the initial ones.
     """
 
     name: str
     init: Callable[[jax.Array], Params]
-    loss: Callable[[Params, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch, key)
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]] = lambda start_step: iter(())
     sample: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
     finish: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
     optimizer: optax.GradientTransformation | None = None
     initial: Callable[[], dict] | None = None
+    from_teacher: bool = False
