@@ -21,6 +21,7 @@ from absl import flags
 from sora_jax import checkpoint, edit_command, run_config
 from sora_jax.core.errors import UserError
 from sora_jax.data.encode import write_mp4
+from sora_jax.diffusion.consistency import check_student
 from sora_jax.diffusion.solvers import SAMPLERS
 from sora_jax.run_config import SamplingConfig, check_sampling
 from sora_jax.tasks import diffusion
@@ -64,15 +65,18 @@ def main(_):
     prompts = read_prompts(
         _PROMPT.value, _PROMPT_FILE.value, needed=not (ask.video or ask.image))
     changes = sampling_changes()
-    if ask.edit == "draft":
-        changes.setdefault("num_steps", edit_command.DRAFT_STEPS)
     out = check_out(_OUT.value, ask)
     workdir = runtime.WORKDIR.value
     config = run_config.load_workdir(workdir)
+    if ask.edit == "draft" and config.task != "distill":
+        changes.setdefault("num_steps", edit_command.DRAFT_STEPS)
     settings = changed(config.sampling, changes)
     if config.task not in run_config.SAMPLED_TASKS:
         raise UserError(f"{workdir} trained task {config.task!r}; sampling needs "
                         f"{' or '.join(run_config.SAMPLED_TASKS)}")
+    if config.task == "distill":
+        check_student(config.distill, settings)
+        edit_command.check_jumps(ask, config.distill)
     vae = load_vae(config.latents.vae)
     if ask.edit == "sample":
         vae.compression.check(ask.spec, patch=max(config.model.patch[1:]))
