@@ -268,6 +268,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "guidance_interval": (0.0, 1.0),  # times where guidance works; 0 = data, 1 = noise
         "guidance_rescale": 0.0,  # 1 = a clip keeps the spread of its unguided prediction
         "negative_prompt": "",  # what guidance pushes away from; "" = no caption
+        "resample_times": 1,  # walks of each part, in edits of runs without conditions; 1 = once
+        "resample_jump": 4,  # steps of a part
         "seed": 0,
         "rows": 8,
     })

@@ -154,6 +154,10 @@ def run(ask: Ask, config: RunConfig, sampler: Sampler, params, prompts: list[str
         return _sampled(ask, sampler, params, prompts)
     trained = config.conditioning.is_used
     clean = trained if ask.known == "auto" else ask.known == "clean"
+    if clean and sampler.settings.resample_times > 1:
+        raise UserError(f"--resample={sampler.settings.resample_times} is for what stays with the "
+                        "noise of its clip, and here it is clean; leave it out, or give "
+                        "--known=noised")
     sampler = dataclasses.replace(
         sampler, sees_clean=clean, packing=dataclasses.replace(sampler.packing, rows=1))
     print(f"what stays is shown to the model {'clean' if clean else 'with the noise of its clip'}: "

@@ -18,6 +18,7 @@ from sora_jax.data.text_cache import DTYPES as TEXT_DTYPES
 from sora_jax.data.video_folder.options import FolderOptions
 from sora_jax.diffusion.consistency import DistillConfig, check_student
 from sora_jax.diffusion.grids import FLOW_SPACINGS
+from sora_jax.diffusion.repaint import RESAMPLED
 from sora_jax.diffusion.solvers import SAMPLERS
 from sora_jax.models.discriminator import DiscriminatorConfig
 from sora_jax.models.distortion_net import DistortionNetConfig
@@ -199,6 +200,10 @@ class SamplingConfig:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times of a clip where guidance works
     guidance_rescale: float = 0.0  # 1 = a clip keeps the spread of its unguided prediction
     negative_prompt: str = ""  # what guidance pushes away from; "" = the prediction without caption
+    # How often every `resample_jump` steps are walked where tokens are known and shown noised; 1 =
+    # once (diffusion/repaint.py).
+    resample_times: int = 1
+    resample_jump: int = 4
 
     def __post_init__(self):
         check_sampling(self, lambda field, value: f"sampling.{field} = {value}")
@@ -224,6 +229,12 @@ def check_sampling(config, shown) -> None:
             refuse(field, "must be from 0 to 1")
     if config.eta and config.sampler != "ddim":
         refuse("eta", f"is of sampler ddim alone and the sampler is {config.sampler}; set it to 0")
+    for field in ("resample_times", "resample_jump"):
+        if getattr(config, field) < 1:
+            refuse(field, "must be at least 1")
+    if config.resample_times > 1 and config.sampler not in RESAMPLED:
+        refuse("resample_times", f"goes with the samplers {' and '.join(RESAMPLED)} and the "
+               f"sampler is {config.sampler}; set it to 1")
     first, last = config.guidance_interval
     if not 0 <= first <= last <= 1:
         refuse("guidance_interval", "must be two times from 0 (data) to 1 (noise), smaller first")

@@ -50,6 +50,9 @@ _RESCALE = flags.DEFINE_float(
     "0..1: how far a guided clip keeps the spread of the unguided one; default as in the run.")
 _ETA = flags.DEFINE_float(
     "eta", None, "Noise of sampler ddim, 0..1; default as in the run.")
+_RESAMPLE = flags.DEFINE_integer(
+    "resample", None, "How often the new part of an edit is walked until it agrees with what "
+    "stays, for runs without conditions; 1 = once; default as in the run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; prompt i uses seed + i.")
 _STEP = flags.DEFINE_integer("checkpoint_step", None, "Which checkpoint; default the newest.")
 _OUT = flags.DEFINE_string(
@@ -123,7 +126,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 FLAG_OF = {
     "sampler": "--sampler", "num_steps": "--steps", "guidance": "--guidance", "eta": "--eta",
     "negative_prompt": "--negative_prompt", "guidance_interval": "--guidance_interval",
-    "guidance_rescale": "--guidance_rescale",
+    "guidance_rescale": "--guidance_rescale", "resample_times": "--resample",
 }
 
 
@@ -133,6 +136,7 @@ def sampling_changes() -> dict:
         "sampler": _SAMPLER.value, "num_steps": _STEPS.value, "guidance": _GUIDANCE.value,
         "negative_prompt": _NEGATIVE.value, "guidance_interval": parse_interval(_INTERVAL.value),
         "guidance_rescale": _RESCALE.value, "eta": _ETA.value,
+        "resample_times": _RESAMPLE.value,
     }
     return {field: value for field, value in given.items() if value is not None}
 

@@ -12,6 +12,7 @@ from sora_jax.core.rng import stream
 from sora_jax.data.packed_rows import unpack_row
 from sora_jax.data.packing import PackingConfig
 from sora_jax.diffusion import editing, grids, guidance, process, samplers, solvers, times
+from sora_jax.diffusion.repaint import repaint
 from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import DiffusionConfig, SamplingConfig
@@ -90,7 +91,9 @@ class Sampler:
             edited = rows.edits()
             strength_BS = rows.of_clips(
                 lambda request: (request.edit and request.edit.strength) or 1.0, 1.0)
-            table = clip_table(batch, settings, self.diffusion, strength_BS)
+            table = clip_table(
+                batch, settings, self.diffusion, strength_BS,
+                resampled=edited["known_BN"].any() and not self.sees_clean)
             start_BN1 = np.asarray(by_segment(
                 jnp.asarray(table.time[0, ..., None], jnp.float32), batch["segment_BN"]))
             batch["tokens_BND"] = process.corrupt(
@@ -130,16 +133,19 @@ def data_std(diffusion: DiffusionConfig, vae: FrozenVAE) -> tuple[float, ...] | 
 
 
 def clip_table(batch: dict, settings: SamplingConfig, diffusion: DiffusionConfig,
-               strength_BS=None, inverted: bool = False):
+               strength_BS=None, inverted: bool = False, resampled: bool = False):
     """The sampler's table for every clip of the rows, (K, B, S, ...), at its own shifted times.
 
     strength_BS: where on the way from data (0) to noise (1) a clip begins; None: at noise.
-    inverted: from data to noise.
+    inverted: from data to noise. resampled: with the returns that settings.resample_times asks for.
     """
     grid = grids.flow_times(settings.num_steps, settings.grid).astype(np.float32)
     grid_KBS = grid[:, None, None] if strength_BS is None else grid[:, None, None] * strength_BS
     times_KBS = times.shift(grid_KBS, np.asarray(clip_shift(batch, diffusion)))
     levels = grids.flow_levels(times_KBS)
+    if resampled and settings.resample_times > 1:
+        return repaint(
+            levels, "flow", settings.resample_jump, settings.resample_times, settings.eta)
     return solvers.make_table(
         settings.sampler, levels.reversed() if inverted else levels, "flow", settings.eta,
         "learned" if diffusion.learned_variance else "smallest",

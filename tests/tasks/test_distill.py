@@ -70,25 +70,26 @@ def test_every_clip_has_the_empty_caption_for_guidance(tiny):
 
 def test_a_run_learns_keeps_its_teacher_and_comes_back_whole_from_its_checkpoint(tiny, tmp_path):
     config = dataclasses.replace(tiny.config, distill=dataclasses.replace(
-        tiny.config.distill, num_steps=8, segments=1))
+        tiny.config.distill, num_steps=8, segments=1), optim=dataclasses.replace(
+            tiny.config.optim, optimizer="adamw", learning_rate=5e-3, ema_decay=0.9))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     task, _ = distill.outline(config)
     task = dataclasses.replace(task, initial=lambda: jax.tree.map(np.asarray, tiny.params))
-    tx = optim.make_optimizer(config.optim, 40)
+    tx = optim.make_optimizer(config.optim, 30)
     create, abstract, shardings = state_functions(config, task, tx, mesh)
     step_fn = make_step(config, task, tx, mesh, shardings)
     batch = distill.with_blank(config, jax.tree.map(np.asarray, tiny.batch), encode_bytes(None))
     state, losses = with_initial(task, create, shardings)(), []
-    for _ in range(40):
+    for _ in range(30):
         state, scalars = step_fn(state, batch)
         losses.append(float(scalars["loss"]))
-    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10]), losses
+    assert np.mean(losses[-8:]) < 0.6 * np.mean(losses[:8]), losses
     jax.tree.map(np.testing.assert_array_equal, state.initial_params, tiny.params)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.ema_params, tiny.params)
     assert max(jax.tree.leaves(moved)) > 1e-3
 
     with checkpoint.Checkpointer(tmp_path, config.checkpoint) as checkpoints:
-        checkpoints.save(40, state)
+        checkpoints.save(30, state)
     with checkpoint.Checkpointer(tmp_path, config.checkpoint) as checkpoints:
         again = checkpoints.restore_or_none(abstract, shardings)
     jax.tree.map(np.testing.assert_array_equal, again, state)
