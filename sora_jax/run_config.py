@@ -132,9 +132,9 @@ class DiffusionConfig:
     vlb_share: float = 0.001  # of the bound in the loss
 
     def __post_init__(self):
-        if self.variance_steps < 3 or self.vlb_share <= 0:
-            raise UserError(f"diffusion.variance_steps = {self.variance_steps} must be at least 3 "
-                            f"and vlb_share = {self.vlb_share} above 0")
+        if not 3 <= self.variance_steps <= 10_000 or self.vlb_share <= 0:
+            raise UserError(f"diffusion.variance_steps = {self.variance_steps} must be from 3 to "
+                            f"10000 and vlb_share = {self.vlb_share} above 0")
         if self.base_shift <= 0 or self.base_tokens <= 0:
             raise UserError(f"diffusion.base_shift = {self.base_shift} and base_tokens = "
                             f"{self.base_tokens} must be above 0")

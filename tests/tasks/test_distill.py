@@ -53,6 +53,7 @@ def test_a_student_of_single_steps_of_an_unguided_teacher_has_nothing_to_learn(t
     assert (counts["known_tokens"], counts["useful_tokens"], counts["num_clips"]) == (4, 24, 3)
     moved = jax.tree.map(lambda leaf: 1.1 * leaf, tiny.params)
     assert tiny.distilling(tiny.with_guidance(1.0), moved)[0] > 1e-4
+    assert tiny.distilling(tiny.with_guidance(3.0), tiny.params)[0] > 1e-4, "guidance is learned"
 
 
 def test_every_clip_has_the_empty_caption_for_guidance(tiny):
