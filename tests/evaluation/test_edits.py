@@ -64,6 +64,7 @@ def test_a_sampler_that_makes_the_truth_reaches_every_floor(frames):
 def test_a_sampler_that_goes_another_way_is_told():
     found = figures(17, lambda pixels_THWC: pixels_THWC[::-1])
     assert found["forward_velocity_error"] > found["forward_velocity_still"]
+    assert found["backward_velocity_error"] > found["backward_velocity_still"]
     assert found["join_jump"] > 2 * found["join_jump_floor"]
     assert found["forward_kept_error"] == 0, "what is given stays, whatever is made"
     empty = figures(17, lambda pixels_THWC: np.full_like(pixels_THWC, 128))
