@@ -66,6 +66,7 @@ def test_a_sampler_that_goes_another_way_is_told():
     assert found["forward_velocity_error"] > found["forward_velocity_still"]
     assert found["backward_velocity_error"] > found["backward_velocity_still"]
     assert found["join_jump"] > 2 * found["join_jump_floor"]
+    assert found["backward_kept_error"] == found["inpaint_outside_error"] == 0
     assert found["forward_kept_error"] == 0, "what is given stays, whatever is made"
     empty = figures(17, lambda pixels_THWC: np.full_like(pixels_THWC, 128))
     assert empty["forward_seen"] == 0 and "forward_velocity_error" not in empty

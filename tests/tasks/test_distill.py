@@ -1,7 +1,6 @@
 """The distillation task: what its loss is made of, that it learns, and that its state is whole."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +34,8 @@ class Tiny(Row):
         return dataclasses.replace(
             self.config, distill=dataclasses.replace(self.config.distill, guidance=guidance))
 
-    def distilling(self, config, params, key=0):
-        batch = distill.with_blank(config, jax.tree.map(np.asarray, self.batch), encode_bytes(None))
-        value, counts = jax.jit(functools.partial(distill.loss, config, self.model, self.std))(
-            params, batch, jax.random.key(key), average=self.params, teacher=self.params)
-        return float(value), counts
+    def with_blank(self, config):
+        return distill.with_blank(config, jax.tree.map(np.asarray, self.batch), encode_bytes(None))
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +43,27 @@ def tiny():
     return Tiny()
 
 
-def test_a_student_of_single_steps_of_an_unguided_teacher_has_nothing_to_learn(tiny):
-    value, counts = tiny.distilling(tiny.with_guidance(1.0), tiny.params)
-    assert value < 1e-9
+def simple(model, data_std, params, batch, noised_BND, time_BS, time_BN=None):
+    """A network that is told apart by eye: a slope, and a number that its text adds."""
+    return params["slope"] * noised_BND + params["text"] * batch["text_BM"].sum()
+
+
+def test_single_steps_teach_the_teachers_velocity_and_its_guidance_alone(tiny, monkeypatch):
+    monkeypatch.setattr(distill, "velocity", simple)
+    teacher = {"slope": 0.7, "text": 0.01}
+
+    def loss(guidance, params):
+        config = tiny.with_guidance(guidance)
+        return distill.loss(config, tiny.model, tiny.std, params, tiny.with_blank(config),
+                            jax.random.key(0), average={"slope": 9.0, "text": 9.0},
+                            teacher=teacher)
+
+    value, counts = loss(1.0, teacher)
+    assert value < 1e-9, "the average is not asked at the end of a segment"
     assert (counts["known_tokens"], counts["useful_tokens"], counts["num_clips"]) == (4, 24, 3)
-    moved = jax.tree.map(lambda leaf: 1.1 * leaf, tiny.params)
-    assert tiny.distilling(tiny.with_guidance(1.0), moved)[0] > 1e-4
-    assert tiny.distilling(tiny.with_guidance(3.0), tiny.params)[0] > 1e-4, "guidance is learned"
+    assert loss(1.0, {"slope": 0.8, "text": 0.01})[0] > 1e-4
+    told = 0.01 * (np.asarray(tiny.batch["text_BM"]).sum() - 3)  # three clips with BOS alone
+    np.testing.assert_allclose(loss(3.0, teacher)[0], (2 * told) ** 2, rtol=1e-4)
 
 
 def test_every_clip_has_the_empty_caption_for_guidance(tiny):
@@ -79,7 +89,7 @@ def test_a_run_learns_keeps_its_teacher_and_comes_back_whole_from_its_checkpoint
     tx = optim.make_optimizer(config.optim, 30)
     create, abstract, shardings = state_functions(config, task, tx, mesh)
     step_fn = make_step(config, task, tx, mesh, shardings)
-    batch = distill.with_blank(config, jax.tree.map(np.asarray, tiny.batch), encode_bytes(None))
+    batch = tiny.with_blank(config)
     state, losses = with_initial(task, create, shardings)(), []
     for _ in range(30):
         state, scalars = step_fn(state, batch)
