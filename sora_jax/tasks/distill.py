@@ -22,6 +22,7 @@ from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import diffusion
+from sora_jax.tasks.initial_weights import has_begun
 from sora_jax.tasks.sampling import clip_shift, data_std, velocity
 from sora_jax.tasks.task import Task
 from sora_jax.tasks.text_embeddings import embedder
@@ -34,7 +35,8 @@ def build(config: RunConfig, workdir: str) -> Task:
     """The task of a run; opens (or builds) the latent caches. Raises UserError where the teacher
     is of another network, VAE, text encoder or process."""
     vae = load_vae(config.latents.vae)
-    check_teacher(config, vae)
+    if not has_begun(workdir):  # else the teacher is in the checkpoint
+        check_teacher(config, vae)
     task = diffusion.build(config, workdir)
     words = encode_bytes(None)
     if config.text_encoder.weights and config.distill.guidance != 1:
@@ -61,8 +63,12 @@ def distilled(config: RunConfig, vae: FrozenVAE, task: Task) -> Task:
 
 
 def check_teacher(config: RunConfig, vae: FrozenVAE) -> None:
-    """Raises UserError where the teacher is a run whose latents, text or times are others."""
+    """Raises UserError where there is no teacher, or a run whose latents, text or times are others.
+    """
     where = config.init.weights
+    if not pathlib.Path(where).expanduser().exists():
+        raise UserError(f"init.weights = {where!r}, the teacher, does not exist; train it first "
+                        "(configs/base.py), or name another workdir or file of weights")
     if not (pathlib.Path(where) / "checkpoints").is_dir():
         return  # weights alone, which do not tell
     run = run_config.load_workdir(where)

@@ -49,10 +49,15 @@ class Initial:
 def initial(config: run_config.RunConfig, network: TransformerConfig, workdir: str):
     """What gives a fresh run its first parameters, once; None where config.init names none or the
     workdir has checkpoints. They are read here, so that a misfit is said before the data is."""
-    begun = pathlib.Path(workdir) / "checkpoints"
-    if not config.init.weights or (begun.is_dir() and any(begun.iterdir())):
+    if not config.init.weights or has_begun(workdir):
         return None
     return [load_initial(config, network, workdir)].pop
+
+
+def has_begun(workdir: str) -> bool:
+    """Whether a workdir has checkpoints, from which a run goes on."""
+    begun = pathlib.Path(workdir) / "checkpoints"
+    return begun.is_dir() and any(begun.iterdir())
 
 
 def load_initial(config: run_config.RunConfig, network: TransformerConfig, workdir: str) -> dict:

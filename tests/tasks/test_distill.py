@@ -66,6 +66,19 @@ def test_single_steps_teach_the_teachers_velocity_and_its_guidance_alone(tiny, m
     np.testing.assert_allclose(loss(3.0, teacher)[0], (2 * told) ** 2, rtol=1e-4)
 
 
+def test_jumps_over_several_steps_are_learned_from_the_average(tiny, monkeypatch):
+    monkeypatch.setattr(distill, "velocity", simple)
+    config = tiny.with_guidance(1.0)
+    config = dataclasses.replace(config, distill=dataclasses.replace(
+        config.distill, segments=1, num_steps=64))
+    still = {"slope": 0.0, "text": 0.0}
+    for average, learned in ((still, False), ({"slope": 0.0, "text": 0.01}, True)):
+        value, _ = distill.loss(
+            config, tiny.model, tiny.std, still, tiny.with_blank(config), jax.random.key(0),
+            average=average, teacher=still)
+        assert (value > 1e-4) == learned
+
+
 def test_every_clip_has_the_empty_caption_for_guidance(tiny):
     blank = same_text(jax.tree.map(np.asarray, tiny.batch), encode_bytes(None))
     np.testing.assert_array_equal(blank["text_segment_BM"][0, :4], [1, 2, 3, 0])
@@ -139,3 +152,6 @@ def test_a_teacher_of_other_times_is_refused_by_name(tiny, tmp_path):
         tiny.config, init=dataclasses.replace(tiny.config.init, weights=str(tmp_path)))
     with pytest.raises(UserError, match="diffusion.base_shift is 2.0 there and 3.0 here"):
         distill.check_teacher(config, tiny.vae)
+    nowhere = dataclasses.replace(config, init=dataclasses.replace(config.init, weights="none/w"))
+    with pytest.raises(UserError, match="'none/w', the teacher, does not exist; train it first"):
+        distill.check_teacher(nowhere, tiny.vae)
