@@ -75,20 +75,6 @@ def test_sampling_makes_the_asked_size_and_length_and_depends_on_seed_and_prompt
     assert np.asarray(Image.open(still)).shape == (48, 32, 3)
 
 
-def test_a_run_is_distilled_and_its_student_sampled(run, tmp_path):
-    call("sora_jax.train", "--config=configs/distill.py:runlocal", f"--workdir={tmp_path / 'w'}",
-         f"--config.init.weights={run}", f"--config.data.data_dir={run}/data",
-         f"--config.latents.directory={run}/latents", "--config.num_steps=6",
-         "--config.log_every_steps=2", "--config.evaluation.num_vae_clips=0",
-         "--config.sampling.num_clips=0")
-    assert [row["step"] for row in lines(tmp_path / "w" / "metrics.jsonl")] == [2, 4, 6]
-    (evaluation,) = lines(tmp_path / "w" / "eval.jsonl")
-    assert "prompt_match" in evaluation and "validation_loss" not in evaluation
-    call("sora_jax.sample", f"--workdir={tmp_path / 'w'}", "--prompt=a red circle",
-         "--size=32x32", "--frames=1", f"--out={tmp_path / 'x.png'}")
-    assert np.asarray(Image.open(tmp_path / "x.png")).shape == (32, 32, 3)
-
-
 def test_several_prompts_write_numbered_clips_and_a_sheet(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue square\n")

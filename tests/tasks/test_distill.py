@@ -15,6 +15,7 @@ from sora_jax.data.packed_rows import same_text
 from sora_jax.data.tokenizers import encode_bytes
 from sora_jax.tasks import distill
 from sora_jax.train_step import make_step, state_functions, with_initial
+from sora_jax.weights import transformer_weights
 from tests.tasks.test_conditioning import Tiny as Row
 
 
@@ -145,6 +146,12 @@ def test_a_consistency_model_may_be_sampled_in_any_number_of_steps():
     config.distill.segments = 1
     config.sampling.update({"sampler": "consistency", "num_steps": 3})
     assert run_config.resolve(config).sampling.num_steps == 3
+
+
+def test_the_parameters_of_a_teacher_that_reads_bytes_are_known_without_it():
+    network = run_config.resolve(base.get_config("runlocal")).network(8)
+    shapes = transformer_weights.parameter_shapes(network)
+    assert any(name.startswith("text.") for name in shapes) and "patch_out.kernel" in shapes
 
 
 def test_a_teacher_of_other_times_is_refused_by_name(tiny, tmp_path):
