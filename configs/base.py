@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config(arg: str = "") -> ConfigDict:
     """Every default of the project stands here. arg "runlocal" shrinks everything to a trial."""
     config = ConfigDict()
-    config.task = "diffusion"  # diffusion | vae | features
+    config.task = "diffusion"  # diffusion | distill | vae | features
     config.seed = 0
     config.num_steps = 1600
     config.log_every_steps = 20
@@ -147,6 +147,9 @@ def get_config(arg: str = "") -> ConfigDict:
         "base_tokens": 40.0,
         "shift_by_size": True,  # the shift grows with the clip; False: base_shift for every clip
         "precondition": True,  # the network learns what is not Gaussian; False: the velocity itself
+        "learned_variance": False,  # of the steps of sampler ddpm, by the hybrid loss
+        "variance_steps": 1000,  # whose variance is learned
+        "vlb_share": 0.001,  # of the variational bound in that loss
     })
 
     config.init = ConfigDict({
@@ -167,6 +170,14 @@ def get_config(arg: str = "") -> ConfigDict:
         "random_frames": 0.0,
         "random_boxes": 0.0,  # clean inside or outside of a box of height, width and time
         "frame_times": 0.0,  # every latent frame has a diffusion time of its own
+    })
+
+    # Of configs/distill.py: the model of init.weights in few steps (docs/distill.md).
+    config.distill = ConfigDict({
+        "guidance": 3.0,  # of the teacher, and with it of the student; 1 = none
+        "num_steps": 32,  # of the teacher, from noise to data
+        "solver": "euler",  # of the teacher: euler | heun
+        "segments": 4,  # that the student crosses in one step each; 1 = a consistency model
     })
 
     config.vae_train = "all"  # all | decoder: of the VAE of init.weights, with its encoder frozen
@@ -264,7 +275,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "every_steps": 800,
         "first_step": 20,  # an early sheet; 0 = none
         "num_clips": 16,
-        "sampler": "euler",  # or heun, ddim, ddpm, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc
+        "sampler": "euler",  # or heun, ddim, ddpm, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc,
+        # consistency (of distilled models)
         "eta": 0.0,  # of ddim: 0 = no noise, 1 = as much as ddpm
         "grid": "flow",  # flow | karras | exponential
         "num_steps": 32,
@@ -272,6 +284,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "guidance_interval": (0.0, 1.0),  # times where guidance works; 0 = data, 1 = noise
         "guidance_rescale": 0.0,  # 1 = a clip keeps the spread of its unguided prediction
         "negative_prompt": "",  # what guidance pushes away from; "" = no caption
+        "resample_times": 1,  # walks of each part, in edits of runs without conditions; 1 = once
+        "resample_jump": 4,  # steps of a part
         "seed": 0,
         "rows": 8,
     })
@@ -283,6 +297,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "num_vae_clips": 64,
         "vae_features": "pixel_statistics",  # of vae_frechet; or distortion:FILE
         "seed": 1_000_000,
+        "edits": 0,  # held-out clips that are continued, looped, joined and in-painted
     })
     if arg == "runlocal":
         shrink(config)

@@ -22,4 +22,5 @@ def get_config(arg: str = ""):
     config.conditioning.random_frames = 0.05
     config.conditioning.random_boxes = 0.10
     config.conditioning.frame_times = 0.05
+    config.evaluation.edits = 2 if arg == "runlocal" else 32
     return config

@@ -12,6 +12,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import VideoSpec
 from sora_jax.data.decode import decode_video, probe
 from sora_jax.data.transforms import choose_size
+from sora_jax.diffusion.consistency import DistillConfig
 from sora_jax.diffusion.editing import pooled_noise
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import editing
@@ -119,6 +120,17 @@ def edit_of(given: set[str]) -> str:
     raise UserError(f"{shown} ask for no edit together; possible are {_listed(list(EDITS)[1:])}")
 
 
+def check_jumps(ask: Ask, config: DistillConfig) -> None:
+    """Raises UserError on edits that a distilled model cannot make: it knows only jumps, to the
+    edges of its segments."""
+    if ask.edit == "interpolate" and ask.video:
+        raise UserError("--interpolate between clips walks them to noise in small steps, and a "
+                        "distilled model knows none; use its teacher's workdir")
+    if ask.strength not in (None, 0, 1) and config.segments > 1:
+        raise UserError(f"--strength={ask.strength:g} begins inside a segment of this distilled "
+                        f"model (distill.segments = {config.segments}); use its teacher's workdir")
+
+
 def _listed(names) -> str:
     return "; ".join(
         " ".join([f"--{each}" for each in EDITS[name][0]]
@@ -142,6 +154,10 @@ def run(ask: Ask, config: RunConfig, sampler: Sampler, params, prompts: list[str
         return _sampled(ask, sampler, params, prompts)
     trained = config.conditioning.is_used
     clean = trained if ask.known == "auto" else ask.known == "clean"
+    if clean and sampler.settings.resample_times > 1:
+        raise UserError(f"--resample={sampler.settings.resample_times} is for what stays with the "
+                        "noise of its clip, and here it is clean; leave it out, or give "
+                        "--known=noised")
     sampler = dataclasses.replace(
         sampler, sees_clean=clean, packing=dataclasses.replace(sampler.packing, rows=1))
     print(f"what stays is shown to the model {'clean' if clean else 'with the noise of its clip'}: "

@@ -17,18 +17,24 @@ from sora_jax.data.packing import PackingConfig
 from sora_jax.data.pixel_batches import PixelConfig
 from sora_jax.data.text_cache import DTYPES as TEXT_DTYPES
 from sora_jax.data.video_folder.options import FolderOptions
-from sora_jax.diffusion.grids import FLOW_SPACINGS
-from sora_jax.diffusion.solvers import SAMPLERS
-from sora_jax.models.discriminator import DiscriminatorConfig
+from sora_jax.diffusion.consistency import DistillConfig, check_student
 from sora_jax.models.distortion_net import DistortionNetConfig
 from sora_jax.models.model_config import ModelConfig
 from sora_jax.models.patch_embedding import INFLATIONS
+from sora_jax.models.transformer_config import TransformerConfig
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.optim import OptimConfig
+from sora_jax.run_sections import (
+    DiffusionConfig,
+    EvaluationConfig,
+    SamplingConfig,
+    VAELossConfig,
+)
 from sora_jax.sharding import MeshConfig
 from sora_jax.weights.text_encoder_files import PADDINGS
 
-TASKS = ("diffusion", "vae", "features")
+TASKS = ("diffusion", "distill", "vae", "features")
+SAMPLED_TASKS = ("diffusion", "distill")
 VAE_PARTS = ("all", "decoder")
 DATASETS = ("moving_shapes", "video_folder")
 
@@ -145,133 +151,6 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionConfig:
-    """Rectified flow: how times are drawn and shifted."""
-
-    time_mean: float  # of the logit
-    time_std: float
-    base_shift: float  # shift of times towards noise for a clip of base_tokens tokens
-    base_tokens: float
-    # The defaults below are those of configs/base.py; they stand here too so that workdirs written
-    # before these fields can still be read.
-    shift_by_size: bool = True  # the shift grows with the clip; False: base_shift for every clip
-    precondition: bool = True  # see diffusion/process.py; False: the network gives the velocity
-
-    def __post_init__(self):
-        if self.base_shift <= 0 or self.base_tokens <= 0:
-            raise UserError(f"diffusion.base_shift = {self.base_shift} and base_tokens = "
-                            f"{self.base_tokens} must be above 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class AdversarialConfig:
-    """The discriminator of the VAE's training; weight 0: there is none."""
-
-    weight: float = 0.0  # of the generator's loss; with `adaptive` against the reconstruction's
-    start_step: int = 0  # neither side learns from the other before
-    adaptive: bool = True
-    r1_weight: float = 0.0  # of the squared gradient at real pixels
-    learning_rate_scale: float = 1.0  # of the discriminator's rate over optim.learning_rate
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
-
-    def __post_init__(self):
-        for name in ("weight", "start_step", "r1_weight", "learning_rate_scale"):
-            if getattr(self, name) < 0:
-                raise UserError(f"vae_loss.adversarial.{name} = {getattr(self, name)} must not be "
-                                "negative")
-
-
-@dataclasses.dataclass(frozen=True)
-class VAELossConfig:
-    """Reconstruction + KL, and what may be added to them."""
-
-    reconstruction: str  # "l1", "l2" or "charbonnier"
-    kl_weight: float  # nats per latent value against the mean error per pixel value
-    free_nats: float = 0.0  # KL of a latent channel (mean per value) that costs nothing
-    latent_noise: float = 0.0  # up to this share of a clip's latents is noise when decoded
-    temporal_weight: float = 0.0  # of the error of changes from frame to frame
-    perceptual: str = ""  # "lpips:FILE", "distortion:FILE" or "" (none); see tasks/perceptual.py
-    perceptual_weight: float = 0.0
-    perceptual_frames: int = 0  # frames drawn of each clip for it; 0 = all
-    adversarial: AdversarialConfig = AdversarialConfig()
-
-    def __post_init__(self):
-        for name in ("free_nats", "temporal_weight", "perceptual_weight", "perceptual_frames"):
-            if getattr(self, name) < 0:
-                raise UserError(f"vae_loss.{name} = {getattr(self, name)} must not be negative")
-        if not 0 <= self.latent_noise <= 1:
-            raise UserError(
-                f"vae_loss.latent_noise = {self.latent_noise} must be a share from 0 to 1")
-        if bool(self.perceptual) != bool(self.perceptual_weight):
-            raise UserError(
-                f"vae_loss.perceptual = {self.perceptual!r} with perceptual_weight = "
-                f"{self.perceptual_weight}: give both, or leave both out")
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """Samples written during training, and defaults of evaluation."""
-
-    every_steps: int
-    first_step: int  # the first sheet, so that one sees something early; 0 = none
-    num_clips: int  # 0 = no samples
-    num_steps: int
-    guidance: float  # 1 = none
-    seed: int
-    rows: int  # rows sampled at once
-    # The defaults below are those of configs/base.py; they stand here too so that workdirs written
-    # before these fields can still be sampled.
-    sampler: str = "euler"  # of diffusion/solvers.py
-    eta: float = 0.0  # of sampler "ddim": share of the ancestral noise
-    grid: str = "flow"  # flow | karras | exponential
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times of a clip where guidance works
-    guidance_rescale: float = 0.0  # 1 = a clip keeps the spread of its unguided prediction
-    negative_prompt: str = ""  # what guidance pushes away from; "" = the prediction without caption
-
-    def __post_init__(self):
-        check_sampling(self, lambda field, value: f"sampling.{field} = {value}")
-
-
-def check_sampling(config, shown) -> None:
-    """Raises UserError on values no sampler can use.
-
-    config: anything with the fields of SamplingConfig; shown(field, value): how the user wrote it.
-    """
-    def refuse(field, why):
-        raise UserError(f"{shown(field, getattr(config, field))} {why}")
-
-    for field, allowed in (("sampler", SAMPLERS), ("grid", FLOW_SPACINGS)):
-        if getattr(config, field) not in allowed:
-            refuse(field, f"is unknown; allowed: {', '.join(allowed)}")
-    if config.num_steps < 1:
-        refuse("num_steps", "must be at least 1")
-    if not 0 <= config.guidance < math.inf:
-        refuse("guidance", "must not be negative; 1 is no guidance")
-    for field in ("eta", "guidance_rescale"):
-        if not 0 <= getattr(config, field) <= 1:
-            refuse(field, "must be from 0 to 1")
-    if config.eta and config.sampler != "ddim":
-        refuse("eta", f"is of sampler ddim alone and the sampler is {config.sampler}; set it to 0")
-    first, last = config.guidance_interval
-    if not 0 <= first <= last <= 1:
-        refuse("guidance_interval", "must be two times from 0 (data) to 1 (noise), smaller first")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """Figures of a checkpoint; a count of 0 leaves its figure out."""
-
-    every_steps: int  # 0 = only at the end
-    num_prompts: int
-    num_loss_clips: int
-    loss_times: tuple[float, ...]
-    num_vae_clips: int
-    seed: int
-    # of vae_frechet: "pixel_statistics" or "distortion:FILE"
-    vae_features: str = "pixel_statistics"
-
-
-@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run."""
 
@@ -297,6 +176,15 @@ class RunConfig:
     init: InitConfig = InitConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     vae_train: str = "all"  # or "decoder": what makes latents is frozen
+    distill: DistillConfig = DistillConfig()
+
+    def network(self, channels: int) -> TransformerConfig:
+        """The network for latents of so many channels."""
+        text = self.text_encoder
+        network = self.model.network(channels, text.width if text.weights else 0)
+        if not self.diffusion.learned_variance:
+            return network
+        return dataclasses.replace(network, out_channels=2 * channels)
 
 
 def resolve(mapping) -> RunConfig:
@@ -334,6 +222,14 @@ def resolve(mapping) -> RunConfig:
         raise UserError(
             "config.conditioning gives tokens times of their own, which model.modulation = 'none' "
             "cannot tell them; set it to 'linear' or 'table', or all shares to 0")
+    if config.task == "distill" and not config.init.weights:
+        raise UserError("init.weights is empty; name the workdir or the file of the model to "
+                        "distill: --config.init.weights=runs/base")
+    if config.task == "distill" and config.conditioning.frame_times:
+        raise UserError(f"conditioning.frame_times = {config.conditioning.frame_times} gives "
+                        "frames times of their own and a jump has one; set it to 0")
+    if config.task == "distill":
+        check_student(config.distill, config.sampling)
     return config
 
 

@@ -21,8 +21,9 @@ from absl import flags
 from sora_jax import checkpoint, edit_command, run_config
 from sora_jax.core.errors import UserError
 from sora_jax.data.encode import write_mp4
+from sora_jax.diffusion.consistency import check_student
 from sora_jax.diffusion.solvers import SAMPLERS
-from sora_jax.run_config import SamplingConfig, check_sampling
+from sora_jax.run_sections import SamplingConfig, check_sampling
 from sora_jax.tasks import diffusion
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.weights.vae_files import load_vae
@@ -49,6 +50,9 @@ _RESCALE = flags.DEFINE_float(
     "0..1: how far a guided clip keeps the spread of the unguided one; default as in the run.")
 _ETA = flags.DEFINE_float(
     "eta", None, "Noise of sampler ddim, 0..1; default as in the run.")
+_RESAMPLE = flags.DEFINE_integer(
+    "resample", None, "How often the new part of an edit is walked until it agrees with what "
+    "stays, for runs without conditions; 1 = once; default as in the run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; prompt i uses seed + i.")
 _STEP = flags.DEFINE_integer("checkpoint_step", None, "Which checkpoint; default the newest.")
 _OUT = flags.DEFINE_string(
@@ -64,14 +68,18 @@ def main(_):
     prompts = read_prompts(
         _PROMPT.value, _PROMPT_FILE.value, needed=not (ask.video or ask.image))
     changes = sampling_changes()
-    if ask.edit == "draft":
-        changes.setdefault("num_steps", edit_command.DRAFT_STEPS)
     out = check_out(_OUT.value, ask)
     workdir = runtime.WORKDIR.value
     config = run_config.load_workdir(workdir)
+    if ask.edit == "draft" and config.task != "distill":
+        changes.setdefault("num_steps", edit_command.DRAFT_STEPS)
     settings = changed(config.sampling, changes)
-    if config.task != "diffusion":
-        raise UserError(f"{workdir} trained task {config.task!r}; sampling needs diffusion")
+    if config.task not in run_config.SAMPLED_TASKS:
+        raise UserError(f"{workdir} trained task {config.task!r}; sampling needs "
+                        f"{' or '.join(run_config.SAMPLED_TASKS)}")
+    if config.task == "distill":
+        check_student(config.distill, settings)
+        edit_command.check_jumps(ask, config.distill)
     vae = load_vae(config.latents.vae)
     if ask.edit == "sample":
         vae.compression.check(ask.spec, patch=max(config.model.patch[1:]))
@@ -118,7 +126,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 FLAG_OF = {
     "sampler": "--sampler", "num_steps": "--steps", "guidance": "--guidance", "eta": "--eta",
     "negative_prompt": "--negative_prompt", "guidance_interval": "--guidance_interval",
-    "guidance_rescale": "--guidance_rescale",
+    "guidance_rescale": "--guidance_rescale", "resample_times": "--resample",
 }
 
 
@@ -128,6 +136,7 @@ def sampling_changes() -> dict:
         "sampler": _SAMPLER.value, "num_steps": _STEPS.value, "guidance": _GUIDANCE.value,
         "negative_prompt": _NEGATIVE.value, "guidance_interval": parse_interval(_INTERVAL.value),
         "guidance_rescale": _RESCALE.value, "eta": _ETA.value,
+        "resample_times": _RESAMPLE.value,
     }
     return {field: value for field, value in given.items() if value is not None}
 

@@ -9,16 +9,18 @@ import optax
 @flax.struct.dataclass
 class TrainState:
     """step counts batches seen (int32), num_skipped those of them that changed nothing (int32);
-    ema_params average params and have their structure."""
+    ema_params average params and have their structure. initial_params: those of the beginning,
+    where the task learns from them (`Task.from_teacher`)."""
 
     step: jax.Array
     params: dict
     ema_params: dict
     opt_state: optax.OptState
     num_skipped: jax.Array
+    initial_params: dict = flax.struct.field(default_factory=dict)
 
 
-def create(params, tx: optax.GradientTransformation) -> TrainState:
+def create(params, tx: optax.GradientTransformation, keep_initial: bool = False) -> TrainState:
     """The state before the first step; params are plain arrays (see sharding.unbox)."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -26,6 +28,7 @@ def create(params, tx: optax.GradientTransformation) -> TrainState:
         ema_params=jax.tree.map(jnp.copy, params),  # a donated buffer must not appear twice
         opt_state=tx.init(params),
         num_skipped=jnp.zeros((), jnp.int32),
+        initial_params=jax.tree.map(jnp.copy, params) if keep_initial else {},
     )
 
 
@@ -69,5 +72,6 @@ def apply_gradients(
         ema_params=keep(ema_params, state.ema_params),
         opt_state=keep(opt_state, state.opt_state),
         num_skipped=num_skipped,
+        initial_params=state.initial_params,
     )
     return new_state, {"grad_norm": grad_norm, "num_skipped": num_skipped.astype(jnp.float32)}

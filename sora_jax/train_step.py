@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
-from sora_jax import sharding, train_state
+from sora_jax import run_config, sharding, train_state
 from sora_jax.core.errors import UserError
 from sora_jax.core.rng import stream
 from sora_jax.core.tree import named_leaves
@@ -25,7 +25,8 @@ def state_functions(config, task: Task, tx, mesh):
     param_shardings = sharding.param_shardings(boxed, mesh)
 
     def create():
-        return train_state.create(sharding.unbox(init(stream(config.seed, "init"))), tx)
+        params = sharding.unbox(init(stream(config.seed, "init")))
+        return train_state.create(params, tx, task.from_teacher)
 
     abstract = jax.eval_shape(create)
     shardings = sharding.state_shardings(abstract, param_shardings, mesh)
@@ -40,7 +41,9 @@ def with_initial(task: Task, create, shardings):
 
     def start():
         params = sharding.placed(task.initial(), shardings.params)
-        return create().replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+        copies = ("ema_params", *(("initial_params",) if task.from_teacher else ()))
+        return create().replace(
+            params=params, **{name: jax.tree.map(jnp.copy, params) for name in copies})
 
     return start
 
@@ -52,13 +55,18 @@ def make_step(config, task: Task, tx, mesh, shardings):
     The loss is traced under the mesh, so that attention's kernels run on every device's own part.
     """
     num_parts = config.optim.accumulate_steps
-    gradient = jax.value_and_grad(task.loss, has_aux=True)
-    if num_parts > 1:
-        gradient = functools.partial(accumulated, gradient, task, num_parts, mesh, shardings.params)
 
     def step(state, batch):
         batch = jax.lax.with_sharding_constraint(batch, sharding.batch_shardings(batch, mesh))
         key = stream(config.seed, "train", state.step)
+        loss_fn = task.loss
+        if task.from_teacher:
+            loss_fn = functools.partial(
+                loss_fn, average=state.ema_params, teacher=state.initial_params)
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        if num_parts > 1:
+            gradient = functools.partial(
+                accumulated, gradient, task, num_parts, mesh, shardings.params)
         with use_abstract_mesh(mesh.abstract_mesh):
             (loss, scalars), grads = gradient(state.params, batch, key)
         state, update = train_state.apply_gradients(
@@ -127,7 +135,7 @@ def check_parts(what: str, num_rows: int, num_parts: int, mesh) -> None:
 
 def check_packing(config, mesh) -> None:
     """Raises UserError where packed rows do not divide over the mesh, before data are prepared."""
-    if config.task != "diffusion":
+    if config.task not in run_config.SAMPLED_TASKS:
         return
     rows, tokens = config.packing.rows, config.packing.row_tokens
     sharding.check_rows(rows, mesh)

@@ -29,6 +29,7 @@ class MarkingSampler:
 
     sees_clean: bool = False
     packing: object = None
+    settings = types.SimpleNamespace(resample_times=1)
     vae = LosslessVAE()
     model = types.SimpleNamespace(config=types.SimpleNamespace(patch=(1, 2, 2)))
     asked = []

@@ -27,6 +27,7 @@ LAYERS = {
     "metrics": 2,
     "clu_without_tensorflow": 2,
     "run_config": 2,
+    "run_sections": 2,
     "weights": 2,
     "tasks": 3,
     "evaluation": 4,

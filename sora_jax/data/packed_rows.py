@@ -126,6 +126,20 @@ def pack_row(batch: dict, row: int, clips: list[PackedClip | None], config, patc
                 batch["time_normal_BN"][row, video] = clip.condition.normal_N[kept]
 
 
+def same_text(batch: dict, words) -> dict[str, np.ndarray]:
+    """The text fields of a packed batch in which every clip has the same words: byte ids (M,), or
+    embeddings (M, E). Raises AssertionError where a row has no room for them."""
+    name = "text_embedding_BMD" if "text_embedding_BMD" in batch else "text_BM"
+    text, segment_BM = np.zeros_like(batch[name]), np.zeros_like(batch["text_segment_BM"])
+    for row, facts_SF in enumerate(batch["clip_BSF"]):
+        segments = 1 + np.flatnonzero(facts_SF[:, 0] > 0)
+        owners = np.repeat(segments, len(words))
+        assert len(owners) <= segment_BM.shape[1], (len(owners), segment_BM.shape)
+        segment_BM[row, : len(owners)] = owners
+        text[row, : len(owners)] = np.concatenate([words] * len(segments)) if len(owners) else 0
+    return {name: text, "text_segment_BM": segment_BM}
+
+
 def unpack_row(batch: dict, row: int, segment: int, patch) -> np.ndarray:
     """latents_THWC of one segment of a row with all its tokens; the inverse of `pack_row`."""
     mine = batch["segment_BN"][row] == segment

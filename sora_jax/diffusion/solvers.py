@@ -143,18 +143,33 @@ def unipc(levels: Levels, prediction: str) -> Table:
     return finish(table)
 
 
+def consistency(levels: Levels, prediction: str) -> Table:
+    """For a distilled network whose x_0 is the end of its path: x_0, fresh noise to the next level,
+    and again. One call a step. Source: Song et al., arXiv 2303.01469, algorithm 1.
+    """
+    table = blank(levels, prediction, "x0")
+    table.predict[..., 1] = levels.alpha[1:]
+    table.noise[..., 0] = levels.sigma[1:]
+    return finish(table)
+
+
 SAMPLERS = {
     "euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm, "dpmpp_2m": dpmpp_2m,
     "dpmpp_3m": dpmpp_3m, "dpmpp_2m_sde": dpmpp_2m_sde, "unipc": unipc,
+    "consistency": consistency,
 }
 
 
-def make_table(name: str, levels: Levels, prediction: str, eta: float = 0.0) -> Table:
-    """The table of a named sampler; eta is of ddim alone. Raises UserError on an unknown name."""
+def make_table(name: str, levels: Levels, prediction: str, eta: float = 0.0,
+               variance: str = "smallest") -> Table:
+    """The table of a named sampler; eta is of ddim alone, variance of ddpm. Raises UserError on an
+    unknown name."""
     if name not in SAMPLERS:
         raise UserError(f"sampler {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     if name == "ddim":
         return ddim(levels, prediction, eta)
+    if name == "ddpm":
+        return ddpm(levels, prediction, variance)
     return SAMPLERS[name](levels, prediction)
 
 

@@ -5,11 +5,18 @@
     (2)  mu = a x0_hat + b x_t;  log var = f log beta_t + (1 - f) log v_t
     (3)  L_hybrid = |eps - eps_hat|^2 + 0.001 T L_t / ln 2, where L_t teaches f alone
 
+Of two levels s < t of any process (parametrization.py (1)), as rectified flow has them:
+
+    (4)  q(x_s | x_t, x_0) = N(a x_0 + b x_t, v),  a = alpha_s w / sigma_t^2,
+         b = g sigma_s^2 / sigma_t^2,  v = w sigma_s^2 / sigma_t^2
+         g = alpha_t / alpha_s,  w = sigma_t^2 - g^2 sigma_s^2 (of q(x_t | x_s), beta in a DDPM)
+
 f is the network's fraction (its extra output y in [-1, 1] as f = (y + 1) / 2, as published). v_0 is
 0, so v_1 stands in its place. T makes one drawn t an estimate of the sum; 1 / ln 2 gives bits, in
 which the published code weighs L_t.
 
-Source: Nichol and Dhariwal, arXiv 2102.09672, eq. 4 to 7, 15 and 16.
+Source: Nichol and Dhariwal, arXiv 2102.09672, eq. 4 to 7, 15 and 16; (4): Kingma et al.,
+arXiv 2107.00630, appendix A.
 """
 
 import jax
@@ -77,6 +84,29 @@ def hybrid_loss(x0, noise, xt, eps_hat, fraction, betas, step, decoder=gaussian_
     x0_hat = jax.lax.stop_gradient((xt - sigma * eps_hat) / alpha)
     bound = vlb_term(x0, xt, x0_hat, fraction, betas, step, decoder)
     return simple + VLB_SHARE * len(alpha_bar) * bound / np.log(2)
+
+
+def between(alpha, sigma, next_alpha, next_sigma):
+    """(a, b, v, w) of (4), from t to s; sigma and next_alpha are above 0."""
+    kept = alpha / next_alpha
+    w = jnp.square(sigma) - jnp.square(kept * next_sigma)
+    share = jnp.square(next_sigma / sigma)
+    return next_alpha * w / jnp.square(sigma), kept * share, w * share, w
+
+
+def step_term(x0, xt, x0_hat, fraction, time, next_time, bound_time, bound_next):
+    """L_t of every value in nats, for rectified flow from t to s; s = 0 has the decoder's term.
+
+    fraction: of the way from log v to log w, taken between the times bound_time and bound_next,
+    which are t and s but for s = 0, where v would be 0. Times are above 0 but for s.
+    """
+    a, b, v, _ = between(1 - time, time, 1 - next_time, next_time)
+    _, _, low, high = between(1 - bound_time, bound_time, 1 - bound_next, bound_next)
+    log_var = fraction * jnp.log(high) + (1 - fraction) * jnp.log(low)
+    is_last = next_time <= 0
+    true_log = jnp.log(jnp.where(is_last, 1.0, v))
+    divergence = gaussian_kl(a * x0 + b * xt, true_log, a * x0_hat + b * xt, log_var)
+    return jnp.where(is_last, gaussian_nll(x0, x0_hat, log_var), divergence)
 
 
 def prior_term(x0, betas):

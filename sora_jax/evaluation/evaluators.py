@@ -10,7 +10,7 @@ from sora_jax import metrics, sharding
 from sora_jax.core.rng import stream
 from sora_jax.data import pipeline, pixel_batches
 from sora_jax.data.clip_plan import clip_plan
-from sora_jax.evaluation import reconstruction
+from sora_jax.evaluation import edits, reconstruction
 from sora_jax.evaluation.prompt_match import prompt_match
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import diffusion, latents
@@ -38,16 +38,19 @@ def evaluate_and_write(config: RunConfig, params, step: int, workdir: str) -> di
 
 
 def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, float]:
-    """validation_loss, prompt_match (on moving_shapes), and the PSNR and SSIM of the VAE.
+    """validation_loss, prompt_match (on moving_shapes), figures of edits (`edits.edit_report`), and
+    the PSNR and SSIM of the VAE.
 
     latents_prompt_match is that of the prompts' true clips through the VAE: the model's ceiling.
+    A distilled model has no validation_loss: its velocity is that of jumps.
     """
     vae = load_vae(config.latents.vae)
     model = diffusion.make_model(config, vae)
     held_out = latents.open_latents(config, workdir, vae, "held_out")
     text = open_text(config, workdir, held_out, "held_out")
+    sampler = diffusion.make_sampler(config, model, vae, embed=embedder(config, text))
     results = {}
-    if config.evaluation.num_loss_clips:
+    if config.evaluation.num_loss_clips and config.task == "diffusion":
         results["validation_loss"] = validation_loss(
             config, model, data_std(config.diffusion, vae), params, held_out, text
         )
@@ -56,12 +59,13 @@ def evaluate_diffusion(config: RunConfig, params, workdir: str) -> dict[str, flo
             held_out, config.evaluation.num_prompts, config.evaluation.seed
         )
         prompts = [request.prompt for request in requests]
-        sampler = diffusion.make_sampler(config, model, vae, embed=embedder(config, text))
         clips = sampler(params, requests)
         results.update(prompt_match(clips, prompts))
         true_clips = diffusion.moving_clips(held_out, config.evaluation.num_prompts)
         again = latents.decode(vae, [clip.latents_THWC.astype("float32") for clip in true_clips])
         results["latents_prompt_match"] = prompt_match(again, prompts)["prompt_match"]
+    if config.evaluation.edits:
+        results.update(edits.edit_report(config, sampler, params, workdir))
     return {**results, **vae_reconstruction(config, vae, workdir)}
 
 
@@ -81,8 +85,10 @@ def validation_loss(config: RunConfig, model, data_std, params, held_out, text=N
         for i, value in enumerate(config.evaluation.loss_times):
             time_BS = jnp.full(batch["clip_BSF"].shape[:2], value, jnp.float32)
             key = stream(config.evaluation.seed, "validation", int(step), i)
+            noise_BND = diffusion.draw_noise(batch, key)
             with jax.set_mesh(mesh):
-                error_BS, tokens_BS = error_fn(model, data_std, params, on_devices, time_BS, key)
+                error_BS, tokens_BS = error_fn(
+                    model, data_std, params, on_devices, time_BS, noise_BND)
             total += float((error_BS * tokens_BS).sum())
             weight += float(tokens_BS.sum())
         clips += int((batch["clip_BSF"][..., 0] > 0).sum())
@@ -148,4 +154,5 @@ def evaluate_features(config: RunConfig, params, workdir: str) -> dict[str, floa
 
 
 EVALUATORS = {
-    "diffusion": evaluate_diffusion, "vae": evaluate_vae, "features": evaluate_features}
+    "diffusion": evaluate_diffusion, "distill": evaluate_diffusion, "vae": evaluate_vae,
+    "features": evaluate_features}

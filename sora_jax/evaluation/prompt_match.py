@@ -14,22 +14,10 @@ import numpy as np
 from sora_jax.core.errors import UserError
 from sora_jax.data.moving_shapes.captions import Fact, parse_caption
 from sora_jax.data.moving_shapes.drawing import AREAS, EXTENTS, coverage
-from sora_jax.data.moving_shapes.vocabulary import (
-    COLOURS,
-    DIRECTIONS,
-    MIN_RADIUS_PX,
-    SHAPES,
-    SIZES,
-    SPEEDS,
-)
+from sora_jax.data.moving_shapes.vocabulary import DIRECTIONS, SHAPES, SPEEDS
 from sora_jax.data.moving_shapes.world import STRAIGHT_SHARE
+from sora_jax.evaluation import tracks
 
-_NAMES = tuple(COLOURS)
-_RGB_K3 = np.array([COLOURS[name] for name in _NAMES], np.float32)
-_CHROMA_K3 = _RGB_K3 - _RGB_K3.mean(-1, keepdims=True)
-_NOMINAL_K = np.linalg.norm(_CHROMA_K3, axis=-1)  # chroma of a fully covered pixel
-
-MIN_COVERAGE = 0.35  # below this share of the nominal chroma a pixel belongs to no shape
 MAX_HUE_DEGREES = 18.0  # of a whole object from its colour's hue; neighbours are 45 or more apart
 MIN_CHROMA, MAX_CHROMA = 0.6, 1.3  # of a whole object, as a share of the nominal chroma
 MIN_IOU = 0.85  # of an object and the best redrawn shape; true clips reach 0.93, blurred ones 0.90
@@ -130,11 +118,11 @@ def match_clip(pixels_THWC, prompt) -> Match:
 def see(pixels_THWC) -> tuple[Seen, ...]:
     """Every coloured object of a clip. An object of no known hue has colour None."""
     height, width = pixels_THWC.shape[1:3]
-    smallest_px = min(AREAS.values()) * _smallest_radius(height, width) ** 2
-    label_THW, coverage_THW, chroma_THW3 = _segment(pixels_THWC)
+    smallest_px = tracks.smallest_area(height, width)
+    label_THW, coverage_THW, chroma_THW3 = tracks.segment(pixels_THWC)
     core_THW = _core(label_THW)
     seen = []
-    for k in range(len(_NAMES)):
+    for k in range(len(tracks.NAMES)):
         mine_THW = label_THW == k
         core_T = (core_THW & mine_THW).sum((1, 2))
         if np.mean(core_T > STRAY_AREA * smallest_px) <= MAX_STRAY:
@@ -142,24 +130,6 @@ def see(pixels_THWC) -> tuple[Seen, ...]:
         alpha_THW = np.where(mine_THW, coverage_THW, 0)
         seen.append(_measure(k, alpha_THW, core_THW & mine_THW, chroma_THW3, smallest_px))
     return tuple(seen)
-
-
-def _smallest_radius(height, width):
-    return max(MIN_RADIUS_PX, SIZES["small"][0] * min(height, width))
-
-
-def _segment(pixels_THWC):
-    """Per pixel: its colour's index (-1 for the background) and the share covered by it, and its
-    chroma relative to the background's."""
-    rgb = pixels_THWC.astype(np.float32)
-    chroma_THW3 = rgb - rgb.mean(-1, keepdims=True)
-    # The background is most of any clip and has one tint, so a median over a sample finds it.
-    chroma_THW3 -= np.median(chroma_THW3[::4, ::2, ::2].reshape(-1, 3), axis=0)
-    along_THWK = chroma_THW3 @ (_CHROMA_K3 / _NOMINAL_K[:, None]).T
-    label_THW = along_THWK.argmax(-1).astype(np.int8)
-    coverage_THW = along_THWK.max(-1) / _NOMINAL_K[label_THW]
-    label_THW[coverage_THW < MIN_COVERAGE] = -1
-    return label_THW, np.minimum(coverage_THW, 1), chroma_THW3
 
 
 def _core(label_THW):
@@ -178,15 +148,14 @@ def _core(label_THW):
 def _measure(k, alpha_THW, core_THW, chroma_THW3, smallest_px):
     """What is seen of colour k, given its coverage and its core pixels."""
     area_T = alpha_THW.sum((1, 2))
-    presence = float(np.mean(area_T > 0.5 * smallest_px))
+    presence = float(np.mean(area_T > tracks.MIN_AREA * smallest_px))
     chroma_3 = np.median(chroma_THW3[core_THW], axis=0)
-    strength = np.linalg.norm(chroma_3) / _NOMINAL_K[k]
-    cosine = chroma_3 @ _CHROMA_K3[k] / (strength * _NOMINAL_K[k] ** 2)
+    strength = np.linalg.norm(chroma_3) / tracks.NOMINAL_K[k]
+    cosine = chroma_3 @ tracks.CHROMA_K3[k] / (strength * tracks.NOMINAL_K[k] ** 2)
     hue = math.degrees(math.acos(min(1.0, cosine)))
     alpha_THW = np.minimum(alpha_THW / strength, 1)
-    # A shape that passes under another loses area; such frames mislead shape and place.
-    whole_T = area_T > 0.93 * np.quantile(area_T, 0.9)
-    centers_T2 = _centres(alpha_THW)
+    whole_T = tracks.whole_frames(area_T)
+    centers_T2 = tracks.centres(alpha_THW)
     shape, iou = _shape(alpha_THW, centers_T2, whole_T)
     named = (hue <= MAX_HUE_DEGREES and presence >= MIN_PRESENCE
              and MIN_CHROMA <= strength <= MAX_CHROMA)
@@ -195,7 +164,7 @@ def _measure(k, alpha_THW, core_THW, chroma_THW3, smallest_px):
     direction, off_degrees = _direction(velocity_2)
     pixels_per_frame = 0.0 if velocity_2 is None else float(np.hypot(*velocity_2))
     return Seen(
-        colour=_NAMES[k] if named else None,
+        colour=tracks.NAMES[k] if named else None,
         shape=shape,
         direction=direction,
         speed=_speed(pixels_per_frame / smaller_side) if direction else None,
@@ -205,18 +174,6 @@ def _measure(k, alpha_THW, core_THW, chroma_THW3, smallest_px):
         pixels_per_frame=pixels_per_frame,
         angle_degrees=off_degrees,
     )
-
-
-def _centres(alpha_THW):
-    """Centre of area (x, y) per frame; NaN in a frame without the object."""
-    _, height, width = alpha_THW.shape
-    columns_TW, rows_TH = alpha_THW.sum(1), alpha_THW.sum(2)
-    area_T = columns_TW.sum(1)
-    with np.errstate(invalid="ignore"):
-        return np.stack([
-            columns_TW @ (np.arange(width) + 0.5) / area_T,
-            rows_TH @ (np.arange(height) + 0.5) / area_T,
-        ], axis=-1)
 
 
 def _shape(alpha_THW, centers_T2, whole_T):
@@ -287,12 +244,8 @@ def _velocity(centers_T2, whole_T, smaller_side):
         times = np.flatnonzero(np.isfinite(centers_T2[:last + 1, 0]))
     if len(times) < 2:
         return None
-    track_T2 = centers_T2[times]
-    design_T2 = np.stack([np.ones(len(times)), times], axis=-1)
-    line_22, *_ = np.linalg.lstsq(design_T2, track_T2, rcond=None)
-    velocity_2 = line_22[1]
+    velocity_2, off_px = tracks.line(centers_T2, times)
     moved_px = np.hypot(*velocity_2) * np.ptp(times)
-    off_px = math.sqrt(np.mean(np.sum((track_T2 - design_T2 @ line_22) ** 2, axis=-1)))
     slowest_px = 0.5 * min(SPEEDS.values()) * smaller_side * np.ptp(times)
     if moved_px < slowest_px or off_px > 0.35 + 0.12 * moved_px:
         return None

@@ -15,12 +15,20 @@ from sora_jax.data.latent_cache import LatentCache, LatentRecord
 from sora_jax.diffusion import objectives, process, times
 from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
-from sora_jax.run_config import DiffusionConfig, RunConfig
+from sora_jax.run_config import RunConfig
+from sora_jax.run_sections import DiffusionConfig
+from sora_jax.tasks import learned_variance
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.initial_weights import initial
 from sora_jax.tasks.latents import open_latents
 from sora_jax.tasks.requests import Embed, Request
-from sora_jax.tasks.sampling import Sampler, clip_shift, data_std, velocity
+from sora_jax.tasks.sampling import (
+    Sampler,
+    clip_shift,
+    data_std,
+    velocity,
+    velocity_and_fraction,
+)
 from sora_jax.tasks.task import Task
 from sora_jax.tasks.text_embeddings import embedder, open_text
 from sora_jax.weights.vae_files import FrozenVAE, load_vae
@@ -69,9 +77,7 @@ def outline(config: RunConfig) -> tuple[Task, dict]:
 
 def make_model(config: RunConfig, vae: FrozenVAE) -> Transformer:
     """The network for latents of this VAE, and for embeddings of a frozen text encoder if any."""
-    encoder = config.text_encoder
-    return Transformer(
-        config.model.network(vae.config.z_dim, encoder.width if encoder.weights else 0))
+    return Transformer(config.network(vae.config.z_dim))
 
 
 def make_sampler(config: RunConfig, model: Transformer, vae: FrozenVAE, embed: Embed | None = None,
@@ -107,23 +113,31 @@ def example_batch(config: RunConfig, model: Transformer) -> dict:
 
 
 def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, key):
-    """Mean squared velocity error, clips weighted by their tokens, and counts for the log. Tokens
-    that are given clean do not count in it."""
+    """Mean squared velocity error (with config.diffusion.learned_variance the hybrid loss), clips
+    weighted by their tokens, and counts for the log. Tokens that are given clean do not count in
+    it."""
     if "noise_BND" not in batch:
         batch = draw(config, batch, key)
-    time_BS = batch["time_BS"]
+    time_BS, noise_BND = batch["time_BS"], batch["noise_BND"]
     time_BN = None
     if "known_BN" in batch:
         time_BN = token_times(batch, time_BS, config.diffusion)
-    error_BS, tokens_BS = errors_with_noise(
-        model, data_std, params, batch, time_BS, batch["noise_BND"], time_BN
-    )
+    bounds = {}
+    if config.diffusion.learned_variance:
+        error_BS, tokens_BS, bound_BS = clip_bounds(
+            config.diffusion, model, data_std, params, batch, time_BS, noise_BND, time_BN)
+        bounds["bound"] = (bound_BS * tokens_BS).sum() / jax.numpy.maximum(tokens_BS.sum(), 1)
+        error_BS += bound_BS
+    else:
+        error_BS, tokens_BS = clip_errors(
+            model, data_std, params, batch, time_BS, noise_BND, time_BN)
     learned = tokens_BS.sum()
     value = (error_BS * tokens_BS).sum() / jax.numpy.maximum(learned, 1)
     counts = {
         "num_clips": (tokens_BS > 0).sum(),
         "useful_tokens": learned,
         "num_slots": batch["segment_BN"].size,
+        **bounds,
     }
     if time_BN is not None:
         known = batch["known_BN"].sum()
@@ -166,20 +180,41 @@ def token_times(batch: dict, time_BS, diffusion: DiffusionConfig):
     return jax.numpy.where(batch["known_BN"], 0.0, time_BN)
 
 
-def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, noise_key,
+def clip_errors(model: Transformer, data_std, params, batch: dict, time_BS, noise_BND,
                 time_BN=None):
     """(error_BS, tokens_BS): mean squared velocity error and number of tokens of every clip.
 
     data_std: see `sampling.velocity`. time_BN: of tokens, where they have times of their own
     (`token_times`); known ones are then left out of both.
     """
-    noise_BND = draw_noise(batch, noise_key)
-    return errors_with_noise(model, data_std, params, batch, time_BS, noise_BND, time_BN)
+    noised_BND, target_BND, member_BNS, time_BS, _ = noised(batch, time_BS, noise_BND, time_BN)
+    prediction_BND = velocity(model, data_std, params, batch, noised_BND, time_BS, time_BN)
+    error_BS = objectives.clip_mean_squared_error(prediction_BND, target_BND, member_BNS)
+    return error_BS, member_BNS.sum(1)
 
 
-def errors_with_noise(model: Transformer, data_std, params, batch: dict, time_BS, noise_BND,
-                      time_BN=None):
-    """`clip_errors` with this noise."""
+def clip_bounds(diffusion: DiffusionConfig, model: Transformer, data_std, params, batch: dict,
+                time_BS, noise_BND, time_BN=None):
+    """(error_BS, tokens_BS) of `clip_errors`, and what the hybrid loss adds to the error of every
+    clip, which teaches the fraction of the variance alone."""
+    shift_BN1 = by_segment(clip_shift(batch, diffusion)[..., None], batch["segment_BN"])
+    noised_BND, target_BND, member_BNS, time_BS, time_BN1 = noised(
+        batch, time_BS, noise_BND, time_BN)
+    velocity_BND, fraction_BND = velocity_and_fraction(
+        model, data_std, params, batch, noised_BND, time_BS, time_BN)
+    bound_BN = learned_variance.bound_BN(
+        diffusion, batch["tokens_BND"], noised_BND, velocity_BND, fraction_BND, time_BN1,
+        jax.numpy.maximum(shift_BN1, 1.0))
+    tokens_BS = member_BNS.sum(1)
+    bound_BS = jax.numpy.einsum("BN,BNS->BS", bound_BN, member_BNS) / jax.numpy.maximum(
+        tokens_BS, 1)
+    error_BS = objectives.clip_mean_squared_error(velocity_BND, target_BND, member_BNS)
+    return error_BS, tokens_BS, bound_BS
+
+
+def noised(batch: dict, time_BS, noise_BND, time_BN):
+    """(noised_BND, the velocity to learn, member_BNS of tokens that are learned, the time of every
+    clip, that of every token (B, N, 1))."""
     tokens_BND = batch["tokens_BND"]
     member_BNS = jax.nn.one_hot(batch["segment_BN"] - 1, time_BS.shape[1])
     if time_BN is None:
@@ -190,11 +225,8 @@ def errors_with_noise(model: Transformer, data_std, params, batch: dict, time_BS
         # a clip is told the mean time of what is to be learned of it: its own, but for frame_times
         time_BS = jax.numpy.einsum("BN,BNS->BS", time_BN, member_BNS) / jax.numpy.maximum(
             member_BNS.sum(1), 1)
-    noised_BND = process.corrupt(tokens_BND, noise_BND, time_BN1)
-    prediction_BND = velocity(model, data_std, params, batch, noised_BND, time_BS, time_BN)
-    target_BND = process.velocity(tokens_BND, noise_BND)
-    error_BS = objectives.clip_mean_squared_error(prediction_BND, target_BND, member_BNS)
-    return error_BS, member_BNS.sum(1)
+    return (process.corrupt(tokens_BND, noise_BND, time_BN1),
+            process.velocity(tokens_BND, noise_BND), member_BNS, time_BS, time_BN1)
 
 
 def moving_clips(cache: LatentCache, count: int) -> list[LatentRecord]:

@@ -32,7 +32,7 @@ FREE = ("remat", "unroll", "compute_dtype", "product_dtype", "num_position_frequ
 CALLED = {
     "text": "config.model.text_attention", "text_width": "config.text_encoder.width",
     "text_bytes": "config.text_encoder.weights", "in_channels": "config.latents.vae's z_dim",
-    "out_channels": "config.latents.vae's z_dim",
+    "out_channels": "config.latents.vae's z_dim, twice that with diffusion.learned_variance,",
 }
 
 
@@ -49,10 +49,15 @@ class Initial:
 def initial(config: run_config.RunConfig, network: TransformerConfig, workdir: str):
     """What gives a fresh run its first parameters, once; None where config.init names none or the
     workdir has checkpoints. They are read here, so that a misfit is said before the data is."""
-    begun = pathlib.Path(workdir) / "checkpoints"
-    if not config.init.weights or (begun.is_dir() and any(begun.iterdir())):
+    if not config.init.weights or has_begun(workdir):
         return None
     return [load_initial(config, network, workdir)].pop
+
+
+def has_begun(workdir: str) -> bool:
+    """Whether a workdir has checkpoints, from which a run goes on."""
+    begun = pathlib.Path(workdir) / "checkpoints"
+    return begun.is_dir() and any(begun.iterdir())
 
 
 def load_initial(config: run_config.RunConfig, network: TransformerConfig, workdir: str) -> dict:
@@ -100,9 +105,7 @@ def open_initial(where: str) -> Initial:
 
 def _of_workdir(path):
     run = run_config.load_workdir(path)
-    encoder = run.text_encoder
-    network = run.model.network(load_vae(run.latents.vae).config.z_dim,
-                                encoder.width if encoder.weights else 0)
+    network = run.network(load_vae(run.latents.vae).config.z_dim)
     with checkpoint.Checkpointer(path, run.checkpoint, read_only=True) as checkpoints:
         _, params = checkpoints.restore_params()
     flat = {name: np.asarray(x) for name, x in flatten(params).items()}

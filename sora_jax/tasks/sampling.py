@@ -12,9 +12,11 @@ from sora_jax.core.rng import stream
 from sora_jax.data.packed_rows import unpack_row
 from sora_jax.data.packing import PackingConfig
 from sora_jax.diffusion import editing, grids, guidance, process, samplers, solvers, times
+from sora_jax.diffusion.repaint import repaint
 from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
-from sora_jax.run_config import DiffusionConfig, SamplingConfig
+from sora_jax.run_sections import DiffusionConfig, SamplingConfig
+from sora_jax.tasks import learned_variance
 from sora_jax.tasks.latents import decode
 from sora_jax.tasks.requests import Embed, Request, Rows, plan_rows, text_fields
 from sora_jax.weights.vae_files import FrozenVAE
@@ -89,7 +91,9 @@ class Sampler:
             edited = rows.edits()
             strength_BS = rows.of_clips(
                 lambda request: (request.edit and request.edit.strength) or 1.0, 1.0)
-            table = clip_table(batch, settings, self.diffusion, strength_BS)
+            table = clip_table(
+                batch, settings, self.diffusion, strength_BS,
+                resampled=edited["known_BN"].any() and not self.sees_clean)
             start_BN1 = np.asarray(by_segment(
                 jnp.asarray(table.time[0, ..., None], jnp.float32), batch["segment_BN"]))
             batch["tokens_BND"] = process.corrupt(
@@ -129,18 +133,22 @@ def data_std(diffusion: DiffusionConfig, vae: FrozenVAE) -> tuple[float, ...] | 
 
 
 def clip_table(batch: dict, settings: SamplingConfig, diffusion: DiffusionConfig,
-               strength_BS=None, inverted: bool = False):
+               strength_BS=None, inverted: bool = False, resampled: bool = False):
     """The sampler's table for every clip of the rows, (K, B, S, ...), at its own shifted times.
 
     strength_BS: where on the way from data (0) to noise (1) a clip begins; None: at noise.
-    inverted: from data to noise.
+    inverted: from data to noise. resampled: with the returns that settings.resample_times asks for.
     """
     grid = grids.flow_times(settings.num_steps, settings.grid).astype(np.float32)
     grid_KBS = grid[:, None, None] if strength_BS is None else grid[:, None, None] * strength_BS
     times_KBS = times.shift(grid_KBS, np.asarray(clip_shift(batch, diffusion)))
     levels = grids.flow_levels(times_KBS)
+    if resampled and settings.resample_times > 1:
+        return repaint(
+            levels, "flow", settings.resample_jump, settings.resample_times, settings.eta)
     return solvers.make_table(
-        settings.sampler, levels.reversed() if inverted else levels, "flow", settings.eta
+        settings.sampler, levels.reversed() if inverted else levels, "flow", settings.eta,
+        "learned" if diffusion.learned_variance else "smallest",
     )
 
 
@@ -154,15 +162,29 @@ def clip_shift(batch: dict, diffusion: DiffusionConfig):
 
 
 def velocity(model: Transformer, data_std, params, batch: dict, noised_BND, time_BS, time_BN=None):
-    """The model's velocity (B, N, D) of noised tokens, each clip at its own time.
+    """The model's velocity (B, N, D) of noised tokens, each clip at its own time; arguments as in
+    `velocity_and_fraction`."""
+    return velocity_and_fraction(model, data_std, params, batch, noised_BND, time_BS, time_BN)[0]
+
+
+def velocity_and_fraction(model: Transformer, data_std, params, batch: dict, noised_BND, time_BS,
+                          time_BN=None):
+    """(velocity, fraction of the variance), each (B, N, D); the second is None where the network
+    does not learn it.
 
     data_std: of every channel of the latents, a tuple (C,); a token holds C last. None: the network
     reads noised tokens and gives the velocity itself. time_BN: of every token, where it is not that
     of its clip.
     """
+    def ask(seen_BND):
+        output = model.apply(
+            {"params": params}, {**batch, "tokens_BND": seen_BND}, time_BS, time_BN)
+        if model.config.out_channels == model.config.in_channels:
+            return output, None
+        return learned_variance.split(output, model.config.in_channels)
+
     if data_std is None:
-        batch = {**batch, "tokens_BND": noised_BND}
-        return model.apply({"params": params}, batch, time_BS, time_BN)
+        return ask(noised_BND)
     padding_BN1 = (batch["segment_BN"] == 0)[..., None]
     if time_BN is None:
         time_BN1 = by_segment(time_BS[..., None], batch["segment_BN"]) + padding_BN1
@@ -170,8 +192,8 @@ def velocity(model: Transformer, data_std, params, batch: dict, noised_BND, time
         time_BN1 = time_BN[..., None] + padding_BN1
     data_std_D = jnp.tile(jnp.asarray(data_std), model.config.in_width // len(data_std))
     seen_BND, velocity_of = process.precondition(noised_BND, time_BN1, data_std_D)
-    batch = {**batch, "tokens_BND": seen_BND}
-    return velocity_of(model.apply({"params": params}, batch, time_BS, time_BN))
+    output_BND, fraction_BND = ask(seen_BND)
+    return velocity_of(output_BND), fraction_BND
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -198,6 +220,11 @@ def _sample(model, data_std, guided, stochastic, sees_clean, params, batch, blan
         return expand(jnp.sqrt(jnp.einsum("BN,BNS->BS", square_BN, member_BNS) / count_BS))
 
     def network(tokens_BND, time_BS):
+        """The prediction, with its fraction of the variance where the network learns it."""
+        prediction, fraction = known_or_predicted(tokens_BND, time_BS)
+        return prediction if fraction is None else (prediction, fraction)
+
+    def known_or_predicted(tokens_BND, time_BS):
         if edited is None:
             return predict(tokens_BND, time_BS)
         time_BN1 = expand(time_BS)
@@ -206,28 +233,29 @@ def _sample(model, data_std, guided, stochastic, sees_clean, params, batch, blan
         if sees_clean:
             time_BN = jnp.where(known_BN1, 0.0, time_BN1)[..., 0]
             tokens_BND = jnp.where(known_BN1, edited["source_BND"], tokens_BND)
-        return jnp.where(known_BN1, to_source, predict(tokens_BND, time_BS, time_BN))
+        prediction, fraction = predict(tokens_BND, time_BS, time_BN)
+        return jnp.where(known_BN1, to_source, prediction), fraction
 
     def predict(tokens_BND, time_BS, time_BN=None):
         def ask(text):
-            return velocity(
+            return velocity_and_fraction(
                 model, data_std, params, {**batch, **text}, tokens_BND, time_BS, time_BN)
 
-        with_text = ask({})
+        with_text, fraction = ask({})
         if edited is not None and "second" in edited:
-            with_text += expand(edited["second_BS"]) * (ask(edited["second"]) - with_text)
+            with_text += expand(edited["second_BS"]) * (ask(edited["second"])[0] - with_text)
         if not guided:
-            return with_text
+            return with_text, fraction
         scale_BS = guidance.scale_in_interval(scale, time_BS, interval)
 
         def ask_again():
             scale_BN1 = expand(scale_BS)
-            out = guidance.guide(with_text, ask(blank), scale_BN1)
+            out = guidance.guide(with_text, ask(blank)[0], scale_BN1)
             out = guidance.rescale(out, with_text, rescale, clip_std)
             return jnp.where(scale_BN1 == 1.0, with_text, out)
 
         needed = jnp.any((scale_BS != 1.0) & (batch["clip_BSF"][..., 4] > 0))
-        return jax.lax.cond(needed, ask_again, lambda: with_text)
+        return jax.lax.cond(needed, ask_again, lambda: with_text), fraction
 
     def noise(row):
         return token_noise(seed_BS, clip_BN, batch["position_BN3"], row, model.config.in_width)

@@ -25,11 +25,13 @@ class Task:
     `weight(scalars)` is what that loss divides by: with both, parts of a batch add up to the whole
     (train_step.accumulated). Without, every part draws anew, and all weigh the same.
     `initial()` gives parameters to begin a fresh run with, as nested dicts of numpy arrays.
+    `from_teacher`: the state keeps those, and `loss` takes two more trees by name, which are not
+    differentiated: `average`, the averaged parameters, and `teacher`, the initial ones.
     """
 
     name: str
     init: Callable[[jax.Array], Params]
-    loss: Callable[[Params, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch, key)
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]] = lambda start_step: iter(())
     sample: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
     finish: Callable[[Params, int, str], list[str]] = lambda params, step, workdir: []
@@ -37,3 +39,4 @@ class Task:
     draw: Callable[[dict, jax.Array], dict] = lambda batch, key: batch
     weight: Callable[[dict[str, jax.Array]], Any] = lambda scalars: 1.0
     initial: Callable[[], dict] | None = None
+    from_teacher: bool = False

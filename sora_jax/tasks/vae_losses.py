@@ -6,7 +6,7 @@ Pixels are float in [-1, 1]; every term is 0 for a perfect reconstruction.
 import jax
 import jax.numpy as jnp
 
-from sora_jax.run_config import VAELossConfig
+from sora_jax.run_sections import VAELossConfig
 
 # Error of a pixel value.
 RECONSTRUCTION = {

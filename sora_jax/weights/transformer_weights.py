@@ -34,6 +34,7 @@ def example_batch(config: TransformerConfig) -> dict:
         "position_BN3": jnp.zeros((1, 1, 3), jnp.int32),
         "text_segment_BM": jnp.ones((1, 1), jnp.int32),
         "text_embedding_BMD": jnp.zeros((1, 1, config.text_width)),
+        "text_BM": jnp.ones((1, 1), jnp.int32),
         "label_BS": jnp.zeros((1, 1), jnp.int32),
         "clip_BSF": jnp.zeros((1, 1, 5)),
     }

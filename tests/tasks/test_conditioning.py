@@ -83,7 +83,7 @@ def test_known_tokens_do_not_count_and_are_shown_to_their_own_clip_alone(tiny):
     def errors(tokens_BND):
         batch = {**tiny.batch, "tokens_BND": tokens_BND}
         return diffusion.clip_errors(tiny.model, tiny.std, tiny.params, batch, time_BS,
-                                     jax.random.key(1), time_BN)
+                                     diffusion.draw_noise(tiny.batch, jax.random.key(1)), time_BN)
 
     jacobian, (error_BS, tokens_BS) = jax.jit(jax.jacrev(
         lambda tokens_BND: (errors(tokens_BND)[0], errors(tokens_BND)), has_aux=True))(

@@ -21,6 +21,7 @@ from sora_jax.weights.vae_files import load_vae
 SPEC = VideoSpec(9, 32, 32)  # latents (3, 4, 4): 3 x 2 x 2 tokens
 KNOWN = np.zeros((3, 2, 2), bool)
 KNOWN[0], KNOWN[1, 0, 0] = True, True
+RESAMPLED = {"sampler": "euler", "resample_times": 3, "resample_jump": 1}
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,13 @@ def places(known_THW):
 
 
 @pytest.mark.parametrize("name, clean", [
-    ("unipc", True), ("heun", True), ("unipc", False), ("heun", False), ("dpmpp_2m_sde", False)])
+    ("unipc", True), ("heun", True), ("unipc", False), ("heun", False), ("dpmpp_2m_sde", False),
+    ("resampled", False)])
 def test_known_tokens_come_back_bit_for_bit_and_shape_the_others(tiny, name, clean):
     sampler, params = tiny
+    changes = RESAMPLED if name == "resampled" else {"sampler": name}
     sampler = dataclasses.replace(
-        sampler, sees_clean=clean, settings=dataclasses.replace(sampler.settings, sampler=name))
+        sampler, sees_clean=clean, settings=dataclasses.replace(sampler.settings, **changes))
     first = source(sampler)
     other = np.where(places(KNOWN)[..., None], first + 0.3, first)
     results = [sampler.latents(params, [request(Edit(x, KNOWN))])[0] for x in (first, other)]
@@ -73,6 +76,16 @@ def test_known_tokens_come_back_bit_for_bit_and_shape_the_others(tiny, name, cle
     elsewhere = np.where(unknown[..., None], 9.0, first)
     (same,) = sampler.latents(params, [request(Edit(elsewhere, KNOWN))])
     np.testing.assert_array_equal(same, results[0])
+
+
+def test_parts_are_walked_again_only_where_known_tokens_are_shown_noised(tiny):
+    plain, params = tiny
+    again = dataclasses.replace(plain, settings=dataclasses.replace(plain.settings, **RESAMPLED))
+    for mask, clean, differs in ((KNOWN, False, True), (KNOWN, True, False), (None, False, False)):
+        asked = [request(Edit(source(plain), mask))]
+        one, other = (dataclasses.replace(each, sees_clean=clean).latents(params, asked)[0]
+                      for each in (plain, again))
+        assert (np.abs(one - other).max() > 1e-3) == differs
 
 
 @pytest.mark.parametrize("clean", [True, False])
