@@ -147,7 +147,7 @@ class Forward:
     last_BTHWC: jax.Array
 
 
-def forward(model: VideoVAE, latent_noise: float, params, pixels_BTHWC, key) -> Forward:
+def forward(model: VideoVAE, params, pixels_BTHWC, key, latent_noise: float = 0.0) -> Forward:
     """Encodes, draws latents from the posterior, mixes noise in, decodes."""
     pixels_BTHWC = to_float(pixels_BTHWC)
     mean_BTHWC, logvar_BTHWC = model.apply({"params": params}, pixels_BTHWC, method="encode")
@@ -198,7 +198,7 @@ def losses(config: RunConfig, perceptual, seen: Forward, key):
 
 def loss(config: RunConfig, model: VideoVAE, perceptual, params, batch: dict, key):
     """Loss of the reconstruction + kl_weight * mean KL of a latent value, and scalars."""
-    seen = forward(model, config.vae_loss.latent_noise, params, batch["pixels_BTHWC"], key)
+    seen = forward(model, params, batch["pixels_BTHWC"], key, config.vae_loss.latent_noise)
     pixel_loss, kl_loss, scalars = losses(config, perceptual, seen, key)
     return pixel_loss + kl_loss, scalars
 
@@ -210,7 +210,7 @@ def completed(config: RunConfig, model: VideoVAE, task: Task) -> Task:
     if not vae_adversarial.used(config):
         return task
     return vae_adversarial.with_discriminator(
-        config, task, functools.partial(forward, model, config.vae_loss.latent_noise),
+        config, task, functools.partial(forward, model, latent_noise=config.vae_loss.latent_noise),
         functools.partial(losses, config, perceptual))
 
 

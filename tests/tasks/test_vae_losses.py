@@ -135,7 +135,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_kernel():
     model = VideoVAE(config.vae)
     params = sharding.unbox(vae.init(config, model, jax.random.key(0)))
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 8, 8, 3)).astype(np.float32)
-    seen = vae.forward(model, 0.0, params, pixels, jax.random.key(1))
+    seen = vae.forward(model, params, pixels, jax.random.key(1))
     functions = (lambda x: jnp.abs(x - pixels).mean(), lambda x: jnp.sin(3 * x).mean())
     kernel = params["decoder"]["conv_out"]["kernel"]
 
