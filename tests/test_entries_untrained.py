@@ -24,7 +24,7 @@ MISTAKES = {
     "config argument": (None, "runlocal"),
     "wrong type": (["--config.num_steps=many"], "num_steps"),
     "no steps": (["--config.num_steps=0"], "num_steps = 0"),
-    "unknown task": (["--config.task=dream"], "diffusion, vae"),
+    "unknown task": (["--config.task=dream"], "diffusion, distill, vae"),
     "unknown dataset": (["--config.data.dataset=imagenet"], "moving_shapes"),
     "no folder": (["--config.data.dataset=video_folder"], "data.folder"),
     "absent vae": (["--config.latents.vae=/nowhere.safetensors"], "/nowhere.safetensors"),
