@@ -170,21 +170,27 @@ def check(case_name: str) -> float:
     return float(np.abs(ours - theirs)[used].max() / np.abs(ours[used]).max())
 
 
+def parsed(parser, rounds: int, contestants=None):
+    """The command line, with the options of every comparison with PyTorch."""
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="cores of a contestant; 0: all")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--contestants", type=lambda x: x.split(","), default=contestants)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    return options
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=lambda x: x.split(","), default=["dit_s2", "packed_30m"])
     parser.add_argument("--rows", type=int, default=0, help="0: 16, 2 and 1 by case")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="cores of a contestant; 0: all")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--contestants", type=lambda x: x.split(","), default=None)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    if options.device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    options = parsed(parser, rounds=7)
     for name in options.case:
         if options.check:
             print(f"{name}: outputs differ by {check(name):.2g} of the largest")

@@ -26,7 +26,7 @@ import sys
 import tempfile
 
 import numpy as np
-from train_step import start
+from train_step import parsed, start
 from vae_cases import CASES
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -102,16 +102,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=tuple(CASES), default="small")
     parser.add_argument("--rows", type=int, default=1, help="clips of a step")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="cores of a contestant; 0: all")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--contestants", type=lambda x: x.split(","), default=DEFAULT)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    if options.device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    options = parsed(parser, rounds=5, contestants=DEFAULT)
     if options.check:
         for name, value in check(options).items():
             print(f"{options.case}: {name} differs by {value:.2g} of the largest")

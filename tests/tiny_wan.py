@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 
 from sora_jax.core.tree import unflatten
+from sora_jax.data.encode import write_mp4
 from sora_jax.models.video_vae import VideoVAEConfig
 from sora_jax.weights import vae_family
 from sora_jax.weights.rules import export_tensors
@@ -70,3 +71,11 @@ def _write(folder, published, tensors):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(published))
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+
+
+def write_clips(folder) -> None:
+    """A user's folder of four clips with captions, of 5 and 9 frames of 16 x 16 pixels."""
+    for i, frames in enumerate((5, 9, 5, 9)):
+        pixels_THWC = np.random.default_rng(i).integers(0, 256, (frames, 16, 16, 3), np.uint8)
+        write_mp4(folder / f"{i}.mp4", pixels_THWC // 2 + 20 * i, 8.0)
+        (folder / f"{i}.txt").write_text(f"clip {i}")

@@ -21,8 +21,9 @@ from sora_jax.weights.vae_files import load_vae
 class Tiny:
     """A run with conditions: config, model and random weights, and a row of three clips."""
 
-    def __init__(self):
+    def __init__(self, **diffusion_changes):
         config = base.get_config("runlocal")
+        config.diffusion.update(diffusion_changes)
         config.model.update({
             "num_layers": 1, "unroll": 1, "width": 16, "product_dtype": "float32",
             "text_attention": "none", "text_summary": False})

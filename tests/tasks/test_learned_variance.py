@@ -3,7 +3,6 @@ uses it."""
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,25 +62,10 @@ def test_steps_lead_over_the_samplers_grid_to_data_and_end_with_the_bounds_of_th
     assert learned_variance.step_times(jnp.zeros(1), 3.0, STEPS)[0] == 1, "of known tokens"
 
 
-class Learning(Tiny):
-    """The tiny run of test_conditioning whose network learns its variance."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = dataclasses.replace(self.config, diffusion=dataclasses.replace(
-            self.config.diffusion, learned_variance=True, variance_steps=STEPS))
-        self.model = diffusion.make_model(self.config, self.vae)
-        boxed = jax.eval_shape(
-            lambda key: diffusion.init(self.config, self.model, key), jax.random.key(0))
-        rng = np.random.default_rng(0)
-        self.params = jax.tree.map(
-            lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32),
-            nn.unbox(boxed))
-
-
 @pytest.fixture(scope="module")
 def learning():
-    return Learning()
+    """The tiny run of test_conditioning whose network learns its variance."""
+    return Tiny(learned_variance=True, variance_steps=STEPS)
 
 
 def test_the_bound_teaches_the_fraction_and_the_error_the_velocity(learning):

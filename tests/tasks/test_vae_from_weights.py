@@ -11,7 +11,6 @@ from configs import vae_two_stage, vae_wan
 from sora_jax import optim, run_config, sharding, train
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import flatten, named_leaves
-from sora_jax.data.encode import write_mp4
 from sora_jax.models.video_vae import ENCODING, VideoVAEConfig
 from sora_jax.tasks import initial_vae, registry, vae
 from sora_jax.tasks.exported import exporter
@@ -19,7 +18,7 @@ from sora_jax.train_step import state_functions
 from sora_jax.weights import published
 from sora_jax.weights.tensor_files import open_tensors
 from sora_jax.weights.vae_files import load_vae
-from tests.tiny_wan import write_vae
+from tests.tiny_wan import write_clips, write_vae
 
 STEPS, RATE = 3, 1e-3
 SIZE = {"frames": 5, "height": 16, "width": 16, "weight": 1.0, "batch": 2}
@@ -39,10 +38,7 @@ def wan(tmp_path_factory):
 def clips(tmp_path_factory):
     """A user's folder of four clips of 5 and 9 frames, and where its dataset is prepared."""
     folder = tmp_path_factory.mktemp("clips")
-    for i, frames in enumerate((5, 9, 5, 9)):
-        pixels_THWC = np.random.default_rng(i).integers(0, 256, (frames, 16, 16, 3), np.uint8)
-        write_mp4(folder / f"{i}.mp4", pixels_THWC // 2 + 20 * i, 8.0)
-        (folder / f"{i}.txt").write_text(f"clip {i}")
+    write_clips(folder)
     return folder, tmp_path_factory.mktemp("data")
 
 

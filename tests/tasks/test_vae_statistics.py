@@ -10,12 +10,11 @@ from sora_jax.core.errors import UserError
 from sora_jax.data import sources, video_folder
 from sora_jax.data.clip_plan import ClipOptions
 from sora_jax.data.decode import decode_video
-from sora_jax.data.encode import write_mp4
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.tasks.vae_statistics import measure_and_store
 from sora_jax.weights import published
 from sora_jax.weights.vae_files import load_vae, to_float
-from tests.tiny_wan import write_vae
+from tests.tiny_wan import write_clips, write_vae
 
 OPTIONS = ClipOptions(max_frames=9, max_pixels=16 * 16)
 
@@ -24,10 +23,7 @@ OPTIONS = ClipOptions(max_frames=9, max_pixels=16 * 16)
 def clips(tmp_path_factory):
     """A folder of four clips of two lengths, so that some are padded among those encoded."""
     folder = tmp_path_factory.mktemp("clips")
-    for i, frames in enumerate((5, 9, 5, 9)):
-        pixels_THWC = np.random.default_rng(i).integers(0, 256, (frames, 16, 16, 3), np.uint8)
-        write_mp4(folder / f"{i}.mp4", pixels_THWC // 2 + 20 * i, 8.0)
-        (folder / f"{i}.txt").write_text(f"clip {i}")
+    write_clips(folder)
     return folder
 
 
