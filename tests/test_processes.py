@@ -71,12 +71,10 @@ def test_a_coordinator_that_is_not_there_is_one_line_in_the_time_given():
 
 
 PEER = """
-import os, signal, sys, time, jax
+import os, sys, time
 from sora_jax import processes
 processes.join(processes.find(os.environ), join_seconds=60, dead_peer_seconds=2)
-print("joined", file=sys.stderr)
-if jax.process_index() == int(sys.argv[1]):
-    os.kill(os.getpid(), signal.SIGKILL)
+print("joined", file=sys.stderr, flush=True)
 time.sleep(300)
 """
 
@@ -86,16 +84,18 @@ def test_a_killed_process_ends_the_other_with_one_line(dead):
     address = free_address()
     peers = [
         subprocess.Popen(
-            [sys.executable, "-c", PEER, str(dead)], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+            [sys.executable, "-c", PEER], cwd=ROOT, text=True, stderr=subprocess.PIPE,
             env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
                  "JAX_PROCESS_ID": str(index)})
         for index in range(2)
     ]
+    # Not before both have said so: who dies while the other still joins is noticed in another way.
+    assert [peer.stderr.readline() for peer in peers] == ["joined\n"] * 2
+    peers[dead].kill()
     said = [peer.communicate(timeout=120)[1].splitlines() for peer in peers]
     assert peers[dead].returncode == -signal.SIGKILL
     assert peers[1 - dead].returncode == -signal.SIGABRT
-    joined, line = said[1 - dead]
-    assert joined == "joined"
+    line, = said[1 - dead]
     assert line.startswith(f"error: process {1 - dead} ends: process {dead} died or was cut off")
 
 
