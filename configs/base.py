@@ -41,6 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "from_folder": {
             "caption_columns": (),  # () = every column named or ending like a caption
             "held_out_share": 0.1,  # of the clips that no `split` column places; at least one
+            # 4: every fourth clip by file name is held out, whatever `split` says; 0 = by the above
+            "held_out_every": 0,
             "min_side": 16,  # pixels, as displayed
             "max_pixels": 2**25,  # of a frame that is decoded: 8k video
             "max_file_bytes": 2**29,

@@ -70,3 +70,109 @@ def test_without_torch_one_line_says_what_to_install():
     if "torch 2" in done.stdout:
         pytest.skip("torch is installed")
     assert "PyTorch is missing; pip install torch" in done.stdout
+
+
+@pytest.fixture
+def moving_picture():
+    """9 frames of 32x48: smooth colours that move, and a fine pattern."""
+    t, y, x = np.meshgrid(np.arange(9), np.arange(32), np.arange(48), indexing="ij")
+    colours = [np.sin((x + 2 * t) / 7), np.cos((y - t) / 5), np.sin((x + y) / 1.5)]
+    return np.rint(127.5 + 100 * np.stack(colours, -1)).astype(np.uint8)
+
+
+def test_quantised_latents_are_within_half_a_step_and_bytes_are_the_bits(import_benchmark):
+    codecs = import_benchmark("codecs_of_frames")
+    latents_THWC = np.random.default_rng(0).normal(0, [1, 5, 0.1], (3, 4, 5, 3)).astype(np.float32)
+    for bits in (3, 8):
+        again_THWC, num_bytes = codecs.quantized(latents_THWC, bits)
+        step_C = np.ptp(latents_THWC, (0, 1, 2)) / (2**bits - 1)
+        assert (np.abs(again_THWC - latents_THWC) <= 0.501 * step_C).all()
+        assert num_bytes == -(-3 * 4 * 5 * 3 * bits // 8) + 8 * 3
+        assert all(len(np.unique(again_THWC[..., c])) <= 2**bits for c in range(3))
+
+
+def test_rescaling_never_keeps_more_values_and_takes_the_best_way(import_benchmark, moving_picture):
+    codecs = import_benchmark("codecs_of_frames")
+    full = codecs.rescaled(moving_picture, moving_picture.size)
+    np.testing.assert_array_equal(full.pixels_THWC, moving_picture)
+    sizes = [codecs.rescaled(moving_picture, n).size for n in (60, 500, 1200, 4000)]
+    assert all(0.6 * n < size <= n for n, size in zip((60, 500, 1200, 4000), sizes, strict=True))
+    still = np.repeat(moving_picture[:1], 9, axis=0)
+    kept = codecs.rescaled(still, 3 * still[0].size)
+    np.testing.assert_array_equal(kept.pixels_THWC, still)  # a quarter of the frames is enough
+    assert "3x32x48" in kept.variant
+    with pytest.raises(ValueError, match="do not hold 9 frames"):
+        codecs.rescaled(moving_picture, 8)
+
+
+def test_codecs_take_the_highest_quality_within_their_bytes(import_benchmark, moving_picture):
+    from sora_jax.evaluation.pixel_metrics import psnr
+
+    codecs = import_benchmark("codecs_of_frames")
+    for codec in (codecs.jpeg, codecs.h264):
+        before = 0.0
+        for budget in (1800, 3000, 4300):
+            stored = codec(moving_picture, budget)
+            assert stored.size <= budget, codec
+            assert psnr(stored.pixels_THWC, moving_picture) > before
+            before = psnr(stored.pixels_THWC, moving_picture)
+        best = codec(moving_picture, 100_000)
+        assert psnr(best.pixels_THWC, moving_picture) > 35  # the colours come back as they were
+    assert codecs.jpeg(moving_picture, 10).size > 10  # the smallest, where none fits
+
+
+def test_counted_bytes_are_the_pictures_without_headers(import_benchmark, moving_picture):
+    import io
+
+    from PIL import Image
+
+    codecs = import_benchmark("codecs_of_frames")
+    file = io.BytesIO()
+    Image.fromarray(moving_picture[0]).save(file, "JPEG", quality=50, comment=b"x" * 999)
+    plain = io.BytesIO()
+    Image.fromarray(moving_picture[0]).save(plain, "JPEG", quality=50)
+    assert codecs.scan_bytes(file.getvalue()) == codecs.scan_bytes(plain.getvalue())
+    assert 550 < len(plain.getvalue()) - codecs.scan_bytes(plain.getvalue()) < 650
+    stream = codecs.encode_h264(moving_picture, 30, "yuv420p")
+    assert b"x264" in stream  # the encoder's note, several hundred bytes
+    assert codecs.nal_bytes(stream) < len(stream) - 500
+    note = b"\x00\x00\x01\x06" + b"y" * 500
+    assert codecs.nal_bytes(note + stream) == codecs.nal_bytes(stream)
+
+
+def test_a_vae_is_compared_on_its_own_clip_at_its_own_size(import_benchmark, moving_picture):
+    from sora_jax.tasks import latents
+    from sora_jax.weights.vae_files import load_vae
+
+    references = import_benchmark("vae_references")
+    vae = load_vae("builtin:moving_shapes")
+    latents_THWC = np.asarray(vae.encode_normalized(moving_picture[None]))[0]
+    (again_THWC,) = latents.decode(vae, [latents_THWC])
+    found = references.compare(vae, moving_picture, latents_THWC, again_THWC, bits=8)
+    assert found["vae"]["size"] == 3 * 4 * 6 * 16 and found["bicubic"]["size"] <= 3 * 4 * 6 * 16
+    allowed = found["vae, 8 bits"]["size"]
+    assert allowed == 3 * 4 * 6 * 16 + 8 * 16
+    assert max(found["jpeg"]["size"], found["h264"]["size"]) <= allowed
+    assert abs(found["vae"]["psnr"] - found["vae, 8 bits"]["psnr"]) < 1
+    row = references.table([{"figures": found}]).splitlines()[3]
+    assert row.startswith("| bicubic | 1 |")
+    assert f"{found['vae']['psnr'] - found['bicubic']['psnr']:+.2f}" in row
+
+
+def test_a_curve_goes_through_its_points(import_benchmark, tmp_path):
+    from PIL import Image
+
+    plot_curve = import_benchmark("plot_curve")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval.jsonl").write_text(
+        '{"step": 10, "vae_psnr": 20.0}\n{"step": 20, "other": 1}\n{"step": 30, "vae_psnr": 24.0}\n'
+        '{"step": 30, "vae_psnr": 25.0}\n')
+    assert plot_curve.points(tmp_path / "run" / "eval.jsonl", "vae_psnr") == [(10, 20), (30, 25)]
+    assert plot_curve.ticks(19.6, 25.4) == [20, 21, 22, 23, 24, 25]
+    out = tmp_path / "curve.png"
+    plot_curve.main([str(out), f"--runs={tmp_path / 'run'}", "--line=22:bicubic"])
+    picture = np.asarray(Image.open(out)).astype(int)
+    blue = np.argwhere((picture[..., 2] - picture[..., 0] > 80))
+    left, right = blue[blue[:, 1].argmin()], blue[blue[:, 1].argmax()]
+    assert left[0] > right[0] + 150  # it rises, over two thirds of the width
+    assert right[1] - left[1] > 400

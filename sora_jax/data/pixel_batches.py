@@ -77,7 +77,8 @@ class PixelBatches:
     and counted against a budget."""
 
     def __init__(self, source, config: PixelConfig, seed: int, num_steps: int, process_index: int,
-                 process_count: int, max_unreadable: int, num_threads: int, num_prefetch: int):
+                 process_count: int, max_unreadable: int, num_threads: int, num_prefetch: int,
+                 cache: DecodedCache | None):
         if not len(source):
             raise UserError("the dataset has no clips: there are no pixels to train on")
         for size in config.sizes:
@@ -87,7 +88,7 @@ class PixelBatches:
         self._num_steps, self._threads, self._prefetch = num_steps, num_threads, num_prefetch
         self._process = process_index, process_count
         self._budget = UnreadableBudget(max_unreadable, "the dataset")
-        self._cache = DecodedCache(config.cache_bytes)
+        self._cache = DecodedCache(config.cache_bytes) if cache is None else cache
         self._plan_records()
 
     def __len__(self):
@@ -194,7 +195,12 @@ def pixel_batches(
     max_unreadable: int = 10,
     num_threads: int = 2,
     num_prefetch: int = 4,
+    cache: DecodedCache | None = None,
 ) -> PixelBatches:
-    """Pixel batches of a dataset. Raises UserError where a size fits no record."""
+    """Pixel batches of a dataset. Raises UserError where a size fits no record.
+
+    cache: shared by batches of the same source and config, however else they differ; None = its
+    own.
+    """
     return PixelBatches(source, config, seed, num_steps, process_index, process_count,
-                        max_unreadable, num_threads, num_prefetch)
+                        max_unreadable, num_threads, num_prefetch, cache)

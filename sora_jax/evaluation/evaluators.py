@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from sora_jax import metrics, sharding
 from sora_jax.core.rng import stream
 from sora_jax.data import pipeline, pixel_batches
-from sora_jax.data.clip_plan import clip_plan
 from sora_jax.evaluation import edits, reconstruction
 from sora_jax.evaluation.prompt_match import prompt_match
 from sora_jax.run_config import RunConfig
@@ -103,25 +102,15 @@ def vae_reconstruction(config: RunConfig, vae: FrozenVAE, workdir: str) -> dict[
     if not config.evaluation.num_vae_clips:
         return {}
     source = open_dataset(config.data, workdir, "held_out")
-    plan = clip_plan(
-        source, latents.clip_options(config), vae.compression, config.model.patch
-    )
-    batches = latents.encoding_batches(
-        plan[: config.evaluation.num_vae_clips], config.data.max_frames,
-        config.latents.batch_pixels,
-    )
+    plan = latents.judged_clips(config, source, vae)
     rows, features, others = [], [], []
     describe = clip_features(config.evaluation.vae_features)
-    for batch, clips in latents.decoded_ahead(source, batches):
-        read = [(item, record, x) for item, record, x in clips if x is not None]
-        if not read:
-            continue
-        again = latents.decode(vae, latents.encode(vae, [x for *_, x in read], batch))
-        for (item, record, pixels_THWC), again_THWC in zip(read, again, strict=True):
-            rows.append(reconstruction.clip_figures(
-                f"{record.id}[{item.window.start_frame}]", again_THWC, pixels_THWC))
-            features.append(describe(again_THWC))
-            others.append(describe(pixels_THWC))
+    for item, record, pixels_THWC, _, again_THWC in latents.reconstructed(
+            config, source, vae, plan):
+        rows.append(reconstruction.clip_figures(
+            f"{record.id}[{item.window.start_frame}]", again_THWC, pixels_THWC))
+        features.append(describe(again_THWC))
+        others.append(describe(pixels_THWC))
     content = reconstruction.report(
         rows, features, others, features_name=config.evaluation.vae_features,
         about={"dataset": config.data.dataset, "data_fingerprint": source.fingerprint,

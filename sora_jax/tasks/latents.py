@@ -160,6 +160,26 @@ def decoded_ahead(source: Source, batches):
             yield future.result()
 
 
+def reconstructed(config: RunConfig, source: Source, vae: FrozenVAE, plan: list[PlannedClip]):
+    """(clip, record, pixels_THWC, latents_THWC, again_THWC) of planned clips of a source, those of
+    one size after each other: uint8 pixels, their latents, and what the VAE makes of these. Clips
+    that cannot be read are left out."""
+    batches = encoding_batches(plan, config.data.max_frames, config.latents.batch_pixels)
+    for batch, clips in decoded_ahead(source, batches):
+        read = [(item, record, x) for item, record, x in clips if x is not None]
+        if not read:
+            continue
+        encoded = encode(vae, [x for *_, x in read], batch)
+        for clip, *both in zip(read, encoded, decode(vae, encoded), strict=True):
+            yield *clip, *both
+
+
+def judged_clips(config: RunConfig, held_out: Source, vae: FrozenVAE) -> list[PlannedClip]:
+    """The held-out clips on which reconstruction is evaluated; all with num_vae_clips = 0."""
+    plan = clip_plan(held_out, clip_options(config), vae.compression, config.model.patch)
+    return plan[: config.evaluation.num_vae_clips or None]
+
+
 def encode(vae: FrozenVAE, clips: list[np.ndarray], batch: EncodingBatch) -> list[np.ndarray]:
     """Latents THWC of uint8 clips of one height and width.
 

@@ -16,8 +16,7 @@ from sora_jax.data.sources import Source
 from sora_jax.models.vae_blocks_linear import fold_blocks
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.run_config import RunConfig
-from sora_jax.tasks import initial_vae, vae_adversarial, vae_losses
-from sora_jax.tasks.contact_sheet import contact_sheet, write_png
+from sora_jax.tasks import initial_vae, side_by_side, vae_adversarial, vae_losses
 from sora_jax.tasks.datasets import open_dataset
 from sora_jax.tasks.perceptual import perceptual_distance
 from sora_jax.tasks.task import Task
@@ -39,6 +38,7 @@ def build(config: RunConfig, workdir: str) -> Task:
     loader = pixel_batches.pixel_batches(
         train, config.pixels, config.seed, config.num_steps,
         jax.process_index(), jax.process_count(),
+        cache=decoded(train.fingerprint, config.pixels),
     )
     make_params = functools.partial(init, config, model)
     if config.vae.block_shortcut and not config.init.weights:
@@ -133,7 +133,16 @@ def training_blocks(config: RunConfig, train: Source):
 def statistics_batches(config: RunConfig, train: Source):
     """The first training batches, the same in every process."""
     return pixel_batches.pixel_batches(
-        train, config.pixels, config.seed, STATISTICS_BATCHES, num_threads=0).iterate()
+        train, config.pixels, config.seed, STATISTICS_BATCHES, num_threads=0,
+        cache=decoded(train.fingerprint, config.pixels)).iterate()
+
+
+@functools.lru_cache(maxsize=1)
+def decoded(fingerprint: str, pixels: pixel_batches.PixelConfig) -> pixel_batches.DecodedCache:
+    """What is decoded of a training split, for training and for the statistics that each evaluation
+    needs: decoding large videos again each time takes a minute."""
+    del fingerprint
+    return pixel_batches.DecodedCache(pixels.cache_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,24 +310,7 @@ def write_weights(config: RunConfig, train: Source, params, step: int, workdir: 
 
 def write_reconstructions(config: RunConfig, train: Source, held_out: Source, params, step: int,
                           workdir: str) -> list[str]:
-    """The weights so far (`write_weights`), and a sheet of held-out clips beside their
-    reconstructions; returns the paths."""
+    """The weights so far (`write_weights`), and held-out clips beside their reconstructions, as
+    MP4s and as a sheet; returns the paths."""
     written = write_weights(config, train, params, step, workdir)
-    frozen = load_vae(written[0])
-    loader = pixel_batches.pixel_batches(
-        held_out, config.pixels, config.sampling.seed, num_threads=0)
-    clips, captions = [], []
-    for batch in loader.iterate():
-        again = np.asarray(frozen.decode_normalized(
-            frozen.encode_normalized(batch["pixels_BTHWC"])))
-        for pixels_THWC, again_THWC in zip(batch["pixels_BTHWC"][:2], again, strict=False):
-            clips += [np.round((pixels_THWC + 1) * 127.5).astype(np.uint8), again_THWC]
-            captions += ["original", "reconstruction"]
-        if len(clips) >= 2 * config.sampling.num_clips:
-            break
-    count = 2 * config.sampling.num_clips
-    directory = pathlib.Path(workdir) / "samples"
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step_{step:07d}.png"
-    write_png(path, contact_sheet(clips[:count], captions[:count]))
-    return [*written, str(path)]
+    return [*written, *side_by_side.write(config, held_out, load_vae(written[0]), step, workdir)]

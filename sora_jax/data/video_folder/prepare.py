@@ -45,7 +45,13 @@ def prepare(folder, data_dir, options: FolderOptions = FolderOptions(), seed: in
     results = check_files(folder, [entry.file_name for entry in found.entries], options,
                           _progress(len(found.entries)))
     kept = [entry for entry in found.entries if not isinstance(results[entry.file_name], str)]
-    splits = _splits(kept, digests, options.held_out_share, seed)
+    if every := options.held_out_every:
+        splits = _splits_by_place(kept, every)
+        found = dataclasses.replace(found, remarks=(
+            *found.remarks, f"clip {every}, {2 * every}, ... by file name are held out "
+                            f"(held_out_every = {every}), whatever a split column says"))
+    else:
+        splits = _splits(kept, digests, options.held_out_share, seed)
     report = make_report(folder, found, results, splits)
     if not kept:
         logging.warning("%s", report_text(report))
@@ -119,6 +125,15 @@ def _splits(kept: list[Entry], digests, share, seed) -> dict[str, str]:
         raise UserError("every usable clip is held out, none is left for training; change the "
                         "split column or held_out_share")
     return splits
+
+
+def _splits_by_place(kept: list[Entry], every: int) -> dict[str, str]:
+    """{file name: split}: usable clip `every`, 2 * every, ... in the order of names is held out."""
+    if len(kept) < every and kept:
+        raise UserError(f"held_out_every = {every} holds out none of {len(kept)} usable clips; "
+                        "lower it, or set it to 0 and use a split column or held_out_share")
+    return {entry.file_name: "train" if place % every else "held_out"
+            for place, entry in enumerate(kept, 1)}
 
 
 def _write(folder, target, kept, results, splits, report):
