@@ -172,7 +172,7 @@ def test_a_curve_goes_through_its_points(import_benchmark, tmp_path):
     out = tmp_path / "curve.png"
     plot_curve.main([str(out), f"--runs={tmp_path / 'run'}", "--line=22:bicubic"])
     picture = np.asarray(Image.open(out)).astype(int)
-    blue = np.argwhere((picture[..., 2] - picture[..., 0] > 80))
+    blue = np.argwhere(picture[..., 2] - picture[..., 0] > 80)
     left, right = blue[blue[:, 1].argmin()], blue[blue[:, 1].argmax()]
     assert left[0] > right[0] + 150  # it rises, over two thirds of the width
     assert right[1] - left[1] > 400

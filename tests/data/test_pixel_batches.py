@@ -126,6 +126,16 @@ def test_clips_are_decoded_once_while_they_fit_the_memory(clips):
     assert clips.reads > 3 * len(clips)
 
 
+def test_a_shared_cache_saves_reading_and_changes_no_batch(clips):
+    cache = DecodedCache(2**20)
+    first = [batches(clips, cache=cache).batch(step)["pixels_BTHWC"] for step in range(4)]
+    reads = clips.reads
+    again = batches(clips, cache=cache)
+    for step in range(4):
+        np.testing.assert_array_equal(again.batch(step)["pixels_BTHWC"], first[step])
+    assert clips.reads == reads > 0
+
+
 def test_the_cache_keeps_what_was_used_last_within_its_budget():
     cache, made = DecodedCache(2 * 8), []
 

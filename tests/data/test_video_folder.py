@@ -234,6 +234,26 @@ def test_splits(tmp_path):
     assert "split column holds out no clip" in open(os.path.join(directory, "report.txt")).read()
 
 
+def test_every_nth_clip_by_name_is_held_out_whatever_the_split_column_says(tmp_path):
+    folder = small_folder(tmp_path, 5)
+    rows = "file_name,caption,split\n" + "".join(f"{i}.mp4,x,test\n" for i in (3, 0, 4, 1, 2))
+    fill(folder, {"metadata.csv": rows, "0.mp4": "no video"})  # a refused file has no place
+    every = FolderOptions(num_workers=1, held_out_every=2)
+    directory = prepare(folder, tmp_path / "data", every)
+    assert (ids(directory, "held_out"), ids(directory)) == ({"2.mp4", "4.mp4"}, {"1.mp4", "3.mp4"})
+    assert "held_out_every = 2" in open(os.path.join(directory, "report.txt")).read()
+    assert prepare(folder, tmp_path / "data", every, seed=1) != directory  # but the same clips
+    with pytest.raises(UserError, match="holds out none of 4 usable clips"):
+        prepare(folder, tmp_path / "data", FolderOptions(num_workers=1, held_out_every=5))
+    with pytest.raises(UserError, match="held_out_every = 1 should be 2 or more"):
+        FolderOptions(held_out_every=1)
+
+
+def test_datasets_of_before_there_was_held_out_every_are_found_again():
+    assert "held_out_every" not in FolderOptions().identity()
+    assert FolderOptions(held_out_every=4).identity()["held_out_every"] == 4
+
+
 def test_one_clip_alone_is_not_held_out(tmp_path):
     directory = prepare(small_folder(tmp_path, 1), tmp_path / "data", ONE_WORKER)
     assert ids(directory) == {"0.mp4"}
