@@ -242,7 +242,10 @@ def test_every_nth_clip_by_name_is_held_out_whatever_the_split_column_says(tmp_p
     directory = prepare(folder, tmp_path / "data", every)
     assert (ids(directory, "held_out"), ids(directory)) == ({"2.mp4", "4.mp4"}, {"1.mp4", "3.mp4"})
     assert "held_out_every = 2" in open(os.path.join(directory, "report.txt")).read()
-    assert prepare(folder, tmp_path / "data", every, seed=1) != directory  # but the same clips
+    fill(folder, {"metadata.csv": rows.replace("test", "train")})
+    again = prepare(folder, tmp_path / "data", every)
+    assert again != directory and ids(again, "held_out") == {"2.mp4", "4.mp4"}
+    assert "by their hash" not in open(os.path.join(again, "report.txt")).read()
     with pytest.raises(UserError, match="holds out none of 4 usable clips"):
         prepare(folder, tmp_path / "data", FolderOptions(num_workers=1, held_out_every=5))
     with pytest.raises(UserError, match="held_out_every = 1 should be 2 or more"):

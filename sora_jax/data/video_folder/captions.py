@@ -22,6 +22,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 CAPTION_NAMES = {"caption", "captions", "text", "prompt", "description"}
 SPLITS = {"train": "train", "training": "train", "held_out": "held_out", "test": "held_out",
           "validation": "held_out", "val": "held_out", "eval": "held_out"}
+BY_HASH = "the split column holds out no clip, so clips are held out by their hash"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _from_rows(folder, path, rows, videos, caption_columns):
     remarks = [f"captions are read from {path.name}: {', '.join(columns)}"] if rows else []
     if entries and all(entry.split == "train" for entry in entries):
         entries = [dataclasses.replace(entry, split=None) for entry in entries]
-        remarks.append("the split column holds out no clip, so clips are held out by their hash")
+        remarks.append(BY_HASH)
     return Folder(tuple(sorted(entries, key=lambda e: e.file_name)), tuple(refused),
                   tuple(remarks))
 

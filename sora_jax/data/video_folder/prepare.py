@@ -15,7 +15,7 @@ import tempfile
 from sora_jax.core.disk import reports_full_disk
 from sora_jax.core.errors import UserError
 from sora_jax.data.open_video import DecodeError, open_regular
-from sora_jax.data.video_folder.captions import Entry, Folder, read_folder
+from sora_jax.data.video_folder.captions import BY_HASH, Entry, Folder, read_folder
 from sora_jax.data.video_folder.options import FolderOptions
 from sora_jax.data.video_folder.report import make_report, report_text
 from sora_jax.data.video_folder.worker import check_files
@@ -47,9 +47,10 @@ def prepare(folder, data_dir, options: FolderOptions = FolderOptions(), seed: in
     kept = [entry for entry in found.entries if not isinstance(results[entry.file_name], str)]
     if every := options.held_out_every:
         splits = _splits_by_place(kept, every)
-        found = dataclasses.replace(found, remarks=(
-            *found.remarks, f"clip {every}, {2 * every}, ... by file name are held out "
-                            f"(held_out_every = {every}), whatever a split column says"))
+        remark = (f"clips {every}, {2 * every}, ... by file name are held out (held_out_every = "
+                  f"{every}), whatever a split column says")
+        remarks = [x for x in found.remarks if x != BY_HASH]
+        found = dataclasses.replace(found, remarks=(*remarks, remark))
     else:
         splits = _splits(kept, digests, options.held_out_share, seed)
     report = make_report(folder, found, results, splits)
