@@ -36,16 +36,16 @@ def quantized(latents_THWC, bits: int):
     return again_THWC.astype(np.float32), -(-latents_THWC.size * bits // 8) + 8 * len(low_C)
 
 
-def rescaled(pixels_THWC, num_values: int) -> Stored:
+def rescaled(pixels_THWC, num_values: int, time_factors=TIME_FACTORS) -> Stored:
     """Bicubic reduction to at most num_values numbers of 8 bits, and bicubic enlargement.
 
-    The best by PSNR of: every frame, or time reduced to a half or a quarter (frames left out and
+    The best by PSNR of: every frame, or time reduced by one of time_factors (frames left out and
     made up linearly, or bicubic as in space), and sizes of the frame around its aspect. Raises
     ValueError where three values a frame do not fit.
     """
     frames, height, width, channels = pixels_THWC.shape
     best = None
-    for factor in TIME_FACTORS:
+    for factor in time_factors:
         kept = 1 + (frames - 1) // factor
         budget = num_values // (kept * channels)
         if not budget or factor > 1 and (frames == 1 or (frames - 1) % factor):

@@ -4,7 +4,8 @@
 
 All of them store the same clips: the held-out windows of WORKDIR's evaluation, at the same frames
 and size, uint8. Bicubic may keep as many numbers (of 8 bits) as the VAE has latent values: latent
-frames x height x width x channels. JPEG and H.264 may take as many bytes as the latents at --bits
+frames x height x width x channels; it keeps every frame, or the best of that and of time reduced to
+a half or a quarter. JPEG and H.264 may take as many bytes as the latents at --bits
 bits a value, in even steps per clip and channel (8 bytes more per channel for the range); what the
 VAE makes of these quantised latents is what stands beside them. No entropy coding of the latents.
 Weights are those of WORKDIR/vae.safetensors. Per clip each reference takes its best variant and
@@ -16,36 +17,40 @@ import json
 import pathlib
 
 import numpy as np
-from codecs_of_frames import h264, jpeg, quantized, rescaled
+from codecs_of_frames import Stored, h264, jpeg, quantized, rescaled
 
 from sora_jax import run_config
 from sora_jax.core.disk import write_whole
 from sora_jax.evaluation.pixel_metrics import WINDOW, psnr, ssim
+from sora_jax.evaluation.reconstruction import MAX_PSNR
 from sora_jax.tasks import latents
 from sora_jax.tasks.datasets import open_dataset
 from sora_jax.tasks.vae import WEIGHTS
 from sora_jax.weights.vae_files import load_vae
 
+IN_VALUES = ("vae", "bicubic", "bicubic, every frame")  # what is counted; of the others bytes
+
 
 def figures(stored_THWC, pixels_THWC, size: int, variant: str = "") -> dict:
     """psnr (dB), ssim (None below 11 pixels), size and variant of one clip, of uint8 pixels."""
     large = min(pixels_THWC.shape[1:3]) >= WINDOW
-    return {"psnr": psnr(stored_THWC, pixels_THWC), "size": size, "variant": variant,
+    return {"psnr": min(psnr(stored_THWC, pixels_THWC), MAX_PSNR), "size": size, "variant": variant,
             "ssim": ssim(stored_THWC, pixels_THWC) if large else None}
 
 
 def compare(vae, pixels_THWC, latents_THWC, again_THWC, bits: int) -> dict[str, dict]:
-    """{name: figures} of one clip; sizes are values of the first two and bytes of the others."""
+    """{name: figures} of one clip; sizes are values of those in IN_VALUES, bytes of the others."""
     rough_THWC, num_bytes = quantized(latents_THWC, bits)
     (rough_again_THWC,) = latents.decode(vae, [rough_THWC])
-    small = rescaled(pixels_THWC, latents_THWC.size)
-    found = {
-        "vae": figures(again_THWC, pixels_THWC, latents_THWC.size),
-        "bicubic": figures(small.pixels_THWC, pixels_THWC, small.size, small.variant),
-        f"vae, {bits} bits": figures(rough_again_THWC, pixels_THWC, num_bytes),
-    }
-    for name, codec in (("jpeg", jpeg), ("h264", h264)):
-        stored = codec(pixels_THWC, num_bytes)
+    at_most = latents_THWC.size
+    found = {"vae": figures(again_THWC, pixels_THWC, at_most)}
+    for name, stored in (
+        ("bicubic", rescaled(pixels_THWC, at_most)),
+        ("bicubic, every frame", rescaled(pixels_THWC, at_most, time_factors=(1,))),
+        (f"vae, {bits} bits", Stored(rough_again_THWC, num_bytes, "")),
+        ("jpeg", jpeg(pixels_THWC, num_bytes)),
+        ("h264", h264(pixels_THWC, num_bytes)),
+    ):
         found[name] = figures(stored.pixels_THWC, pixels_THWC, stored.size, stored.variant)
     return found
 
@@ -60,7 +65,7 @@ def table(rows: list[dict]) -> str:
         ours = name if name.startswith("vae") else ours
         of_name = [row["figures"][name] for row in rows]
         ssims = [x["ssim"] for x in of_name if x["ssim"] is not None]
-        unit = "values" if name in names[:2] else "bytes"
+        unit = "values" if name in IN_VALUES else "bytes"
         gains = [row["figures"][ours]["psnr"] - x["psnr"]
                  for row, x in zip(rows, of_name, strict=True)]
         lines.append(
