@@ -28,7 +28,7 @@ def config(directory):
     config = base.get_config("runlocal")
     config.num_steps, config.log_every_steps = STEPS, 1
     config.checkpoint.every_steps = STEPS
-    config.optim.warmup_steps = 1
+    config.optim.update({"optimizer": "adamw", "warmup_steps": 1})
     config.data.data_dir = str(directory / "data")
     config.data.update({"num_train_clips": 24, "num_held_out_clips": 10, "max_frames": 5})
     config.data.shapes.update({"sizes": ((32, 32, 1.0),), "frames": ((1, 0.3), (5, 0.7))})

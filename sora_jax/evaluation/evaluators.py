@@ -198,7 +198,7 @@ def evaluate_features(config: RunConfig, params, workdir: str) -> dict[str, floa
 
     def accuracy(i):
         key = stream(config.evaluation.seed, "features", i)
-        return float(error_fn(config, params, loader.batch(i), key)[1]["accuracy"])
+        return float(error_fn(config, params, next(loader.iterate(i)), key)[1]["accuracy"])
 
     accuracies = shared_work.merged(
         lambda: {i: accuracy(i) for i in range(FEATURE_BATCHES)[shared_work.share()]})
