@@ -8,10 +8,11 @@ import numpy as np
 import tiny_text
 
 from configs import base
-from sora_jax import metrics, run_config, train
+from sora_jax import metrics, optim, run_config, sharding, train
 from sora_jax.evaluation import evaluators
 from sora_jax.evaluation.prompt_match import JUDGED
-from sora_jax.tasks import encode_mode, text_embeddings
+from sora_jax.tasks import encode_mode, registry, text_embeddings
+from sora_jax.train_step import make_step, state_functions
 
 STEPS = 3
 
@@ -27,7 +28,6 @@ def config(directory):
     share before they train is in `directory`."""
     config = base.get_config("runlocal")
     config.num_steps, config.log_every_steps = STEPS, 1
-    config.checkpoint.every_steps = STEPS
     config.optim.update({"optimizer": "adamw", "warmup_steps": 1})
     config.data.data_dir = str(directory / "data")
     config.data.update({"num_train_clips": 24, "num_held_out_clips": 10, "max_frames": 5})
@@ -38,8 +38,7 @@ def config(directory):
         "width": tiny_text.UMT5["d_model"], "max_tokens": 64})
     config.packing.update({"row_tokens": 16, "row_text": 192, "max_clips": 3})
     config.model.update({"width": 16, "num_layers": 1, "unroll": 1, "product_dtype": "float32"})
-    config.sampling.update({"num_clips": 2, "first_step": 0, "every_steps": 0, "num_steps": 2,
-                            "rows": 2})
+    config.sampling.update({"num_steps": 2, "rows": 2})
     config.evaluation.update({"num_prompts": 6, "num_loss_clips": 8, "loss_times": (0.3, 0.7),
                               "num_vae_clips": 7, "every_steps": 0})
     return run_config.resolve(config)
@@ -56,9 +55,20 @@ def replace_parts(setattr=setattr):
 
 
 def make(config, workdir):
-    """Encodes, then trains, samples and evaluates in WORKDIR; all processes call this."""
+    """Encodes, trains and evaluates in WORKDIR; all processes call this. There are no checkpoints,
+    which would take longer than all else."""
     encode_mode.encode(config, str(workdir))
-    train.train(config, str(workdir))
+    mesh = sharding.make_mesh(config.mesh)
+    task = registry.build(config, str(workdir))
+    tx = optim.make_optimizer(config.optim, config.num_steps)
+    init_state, _, shardings = state_functions(config, task, tx, mesh)
+    step_fn, state = make_step(config, task, tx, mesh, shardings), init_state()
+    writer = metrics.MetricWriter(workdir)
+    for step, batch in enumerate(task.batches(0), 1):
+        state, scalars = step_fn(state, sharding.put_batch(batch, mesh))
+        writer.write(step, metrics.fetch(scalars))
+    writer.close()
+    train.evaluate(config, state, mesh, str(workdir))
 
 
 def figures(workdir) -> dict:

@@ -3,8 +3,7 @@
 two_processes DIRECTORY          two processes feed rows, and share checkpoints and files
 two_processes DIRECTORY raise    process 1 raises where process 0 waits for it
 two_processes DIRECTORY whole    two or four make the run of tiny_run.py, in DIRECTORY/two or four;
-                                 four then save a state in DIRECTORY/saved, and two read it back and
-                                 evaluate the checkpoint that is in DIRECTORY/evaluated
+                                 four save a state in DIRECTORY/saved, and two read it back
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from commands import NOT_OPTIMIZED
 
-from sora_jax import eval_job, metrics, processes, runtime, sharding, stopping
+from sora_jax import metrics, processes, runtime, sharding, stopping
 from sora_jax.checkpoint import CheckpointConfig, Checkpointer
 
 ORBAX_RESTORE = ocp.CompositeCheckpointHandler.restore
@@ -81,7 +80,6 @@ def by_two(directory):
     tiny_run.replace_parts()
     config = tiny_run.config(directory)
     tiny_run.make(config, directory / "two")
-    eval_job.follow(config, str(directory / "evaluated"))
 
 
 def main(argv):
