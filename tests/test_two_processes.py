@@ -52,6 +52,7 @@ def test_an_exception_in_one_process_ends_both_and_shows_its_traceback(tmp_path)
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A directory with the run of tiny_run.py made by one, two and four processes."""
+    pytest.importorskip("tokenizers")
     directory = tmp_path_factory.mktemp("whole")
     tiny_run.write_encoder(directory)
     with pytest.MonkeyPatch.context() as patch:
