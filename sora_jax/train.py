@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 
@@ -26,11 +25,11 @@ from sora_jax import (
     processes,
     run_config,
     sharding,
+    shared_work,
     stopping,
 )
-from sora_jax.core.errors import UserError
 from sora_jax.evaluation import evaluators
-from sora_jax.tasks import encode_mode, registry
+from sora_jax.tasks import encode_mode, registry, shared_cache
 from sora_jax.tasks.task import Task
 from sora_jax.train_step import check_packing, make_step, state_functions, with_initial
 
@@ -49,16 +48,9 @@ def main(_):
         return None
     runtime.join_processes()
     if _MODE.value == "encode":
-        with processes.first_goes_first("encode"):
-            return encode_mode.encode(config, workdir)
-    if _MODE.value == "eval" and jax.process_count() > 1:
-        raise UserError(f"--mode=eval runs in one process, not in {jax.process_count()}; start it "
-                        "on one machine, beside the training or after it")
+        return encode_mode.encode(config, workdir)
     with processes.first_goes_first("workdir"):
         run_config.claim_workdir(config, workdir)
-    if jax.process_index():  # the first process does it
-        config = dataclasses.replace(
-            config, latents=dataclasses.replace(config.latents, rebuild=False))
     if _MODE.value == "eval":
         return eval_job.follow(config, workdir)
     return train(config, workdir)
@@ -78,8 +70,9 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
     """
     mesh = sharding.make_mesh(config.mesh)
     check_packing(config, mesh)
-    with processes.first_goes_first("data"):  # it prepares and encodes what is missing
-        task = registry.build(config, workdir)
+    task = registry.build(config, workdir)  # which prepares and encodes what is missing
+    config = shared_cache.only_opened(config)
+    processes.wait_for_all("built")
     tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)
     init_state, abstract, shardings = state_functions(config, task, tx, mesh)
     step_fn = make_step(config, task, tx, mesh, shardings)
@@ -109,14 +102,16 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
                         files = task.sample(params, step, workdir)
                         print(f"samples: {files[-1]}", flush=True)
             if evaluation_due(config, step):
-                with progress.not_counted(), beside_training("evaluate", state, mesh) as params:
-                    if params is not None:
-                        evaluators.evaluate_and_write(config, params, step, workdir)
+                with progress.not_counted():
+                    evaluate(config, state, mesh, workdir)
         log(late.flush(), writer, progress)
         writer.close()
         with beside_training("finish", state, mesh) as params:
             if params is not None:
                 finish(config, task, params, int(state.step), workdir)
+        done = [row["step"] for row in metrics.read_json_lines(f"{workdir}/eval.jsonl")]
+        if shared_work.first_says(int(state.step) not in done):
+            evaluate(config, state, mesh, workdir)
 
 
 @contextlib.contextmanager
@@ -128,20 +123,20 @@ def beside_training(name: str, state, mesh):
     processes.wait_for_all(f"{name} {int(state.step)}")
 
 
-def finish(config, task: Task, params, step: int, workdir: str) -> None:
-    """Files of the task, and samples and figures of the last step where they are missing.
+def evaluate(config, state, mesh, workdir: str) -> None:
+    """The figures of the averaged weights, by all processes."""
+    params = sharding.whole(state.ema_params, mesh)
+    evaluators.evaluate_and_write(config, params, int(state.step), workdir)
 
-    params: the averaged weights. An evaluation job may have written the figures already; the task's
-    files do not wait on that.
-    """
+
+def finish(config, task: Task, params, step: int, workdir: str) -> None:
+    """Files of the task, and samples of the last step where they are missing; the figures come
+    after these. params: the averaged weights."""
     for path in task.finish(params, step, workdir):
         print(f"wrote {path}")
-    done = {row["step"] for row in metrics.read_json_lines(f"{workdir}/eval.jsonl")}
     sheet = pathlib.Path(workdir) / "samples" / f"step_{step:07d}.png"
     if config.sampling.num_clips and not sheet.exists():
         print(f"samples: {task.sample(params, step, workdir)[-1]}", flush=True)
-    if step not in done:
-        evaluators.evaluate_and_write(config, params, step, workdir)
 
 
 def log(fetched, writer, progress) -> None:

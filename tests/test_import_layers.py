@@ -23,6 +23,7 @@ LAYERS = {
     "workdir": 2,
     "stopping": 2,
     "processes": 2,
+    "shared_work": 2,
     "peer_loss": 2,
     "metrics": 2,
     "clu_without_tensorflow": 2,

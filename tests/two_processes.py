@@ -1,6 +1,12 @@
-"""Started twice by test_two_processes.py through launch/local.py: two_processes DIRECTORY, or
-two_processes DIRECTORY raise: process 1 then raises where process 0 waits for it."""
+"""Started by test_two_processes.py through launch/local.py, with two devices a process:
 
+two_processes DIRECTORY          two processes feed rows, and share checkpoints and files
+two_processes DIRECTORY raise    process 1 raises where process 0 waits for it
+two_processes DIRECTORY whole    two or four make the run of tiny_run.py, in DIRECTORY/two or four;
+                                 four save a state in DIRECTORY/saved, and two read it back
+"""
+
+import dataclasses
 import errno
 import os
 import pathlib
@@ -10,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from commands import NOT_OPTIMIZED
 
 from sora_jax import metrics, processes, runtime, sharding, stopping
 from sora_jax.checkpoint import CheckpointConfig, Checkpointer
@@ -34,15 +41,58 @@ def slow_rename(path, target):
     return RENAME(path, target)
 
 
+def on_devices(state, shardings):
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda at: np.asarray(x)[at]),
+        state, shardings)
+
+
+def assert_equal_here(state, expected):
+    """The parts of a state that lie on this process's devices, bit for bit."""
+    jax.tree.map(
+        lambda a, b: [np.testing.assert_array_equal(s.data, np.asarray(b)[s.index])
+                      for s in a.addressable_shards],
+        state, expected)
+
+
+def by_four(directory):
+    import tiny_run
+    from test_checkpoint import make_state, placed
+
+    mesh = sharding.MeshConfig(data=2, fsdp=4)
+    with Checkpointer(directory / "saved", CheckpointConfig()) as checkpointer:
+        shardings = placed(make_state(), sharding.make_mesh(mesh))
+        checkpointer.save(7, on_devices(make_state(7), shardings))
+    tiny_run.replace_parts()
+    config = tiny_run.config(directory)
+    tiny_run.make(dataclasses.replace(config, mesh=mesh), directory / "four")
+
+
+def by_two(directory):
+    import tiny_run
+    from test_checkpoint import abstract, make_state, placed
+
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4))
+    with Checkpointer(directory / "saved", CheckpointConfig()) as checkpointer:
+        restored = checkpointer.restore_or_none(
+            abstract(make_state()), placed(make_state(), mesh))
+    assert_equal_here(restored, make_state(7))
+    tiny_run.replace_parts()
+    config = tiny_run.config(directory)
+    tiny_run.make(config, directory / "two")
+
+
 def main(argv):
     directory = pathlib.Path(argv[1])
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {NOT_OPTIMIZED}"
     runtime.join_processes()
     index = jax.process_index()
     if "raise" in argv:
         if index == 1:
             raise ValueError("for no reason")
         processes.exchange("")
+    if "whole" in argv:
+        return {2: by_two, 4: by_four}[jax.process_count()](directory)
     from test_checkpoint import abstract, make_state, placed  # it makes arrays: after the above
 
     texts = ["", "é" * 300]
@@ -62,9 +112,7 @@ def main(argv):
     shardings = placed(make_state(), mesh)
 
     def save(step):
-        checkpointer.save(step, jax.tree.map(
-            lambda x, s: jax.make_array_from_callback(x.shape, s, lambda at: np.asarray(x)[at]),
-            make_state(step), shardings))
+        checkpointer.save(step, on_devices(make_state(step), shardings))
         checkpointer.wait()
 
     lines = []
@@ -80,10 +128,7 @@ def main(argv):
             time.sleep(1)  # process 0 knows meanwhile what it takes for damaged
         restored = checkpointer.restore_or_none(abstract(make_state()), shardings)
         save(2)
-    jax.tree.map(
-        lambda a, b: [np.testing.assert_array_equal(s.data, np.asarray(b)[s.index])
-                      for s in a.addressable_shards],
-        restored, make_state(1))
+    assert_equal_here(restored, make_state(1))
     if index == 0:
         assert [line.partition(": ")[0] for line in lines[:2]] == ["process 1"] * 2, lines
         assert "4 is damaged: [Errno 5]" in lines[0] and "first is step;" in lines[1], lines

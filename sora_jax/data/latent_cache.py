@@ -60,13 +60,16 @@ class LatentRecord:
 class CacheWriter:
     """Writes a cache beside its place and moves it there in `close`: half a cache is never seen.
 
+    part: of several processes, each of which writes a run of the clips; `take_parts` of a writer
+    without one makes the cache of them.
     As a context manager it closes on success and removes what it wrote after an exception.
     """
 
-    def __init__(self, directory, key: CacheKey, channels: int, shard_bytes: int = SHARD_BYTES):
-        self._directory = pathlib.Path(directory)
+    def __init__(self, directory, key: CacheKey, channels: int, shard_bytes: int = SHARD_BYTES,
+                 part: int | None = None):
+        self._directory, self._part = pathlib.Path(directory), part
         self._key, self._channels = key, channels
-        self._records = ShardedWriter(directory, "latents", shard_bytes)
+        self._records = ShardedWriter(directory, "latents", shard_bytes, part)
         self._rows: list[tuple] = []
         self._captions: list[bytes] = []
         self._sizes: list[tuple[str, tuple[int, ...]]] = []
@@ -91,18 +94,28 @@ class CacheWriter:
         video = int(frames), int(height), int(width)
         crc = self._records.write(
             _to_bytes(LatentRecord(id, latents, captions, *video, float(fps))))
-        self._rows.append((id, latents.shape[:3], video, fps, crc, len(captions)))
+        self._rows.append((id, latents.shape[:3], video, float(fps), crc, len(captions)))
         if clip:
-            self._sizes.append((clip, resolutions))
+            self._sizes.append((clip, tuple(map(int, resolutions))))
         self._captions.extend(caption.encode() for caption in captions)
 
+    def take_parts(self, count: int) -> None:
+        """Appends the clips of parts 0 .. count - 1. Raises as `ShardedWriter.take_parts`."""
+        for rows, captions, sizes in self._records.take_parts(count):
+            self._rows += rows
+            self._captions += [caption.encode() for caption in captions]
+            self._sizes += sizes
+
     def close(self) -> None:
-        """Writes index and manifest, then moves the cache to its place."""
+        """Writes index and manifest, then moves the cache to its place; ends a part."""
+        if self._part is not None:
+            return self._records.close_part(
+                [self._rows, [caption.decode() for caption in self._captions], self._sizes])
         if not self._rows:
             self.abort()
             raise UserError(f"no clips for the latent cache {self._directory}: the dataset is "
                             "empty, or none of its clips fits the sizes asked for")
-        self._records.close(self._index(), {
+        return self._records.close(self._index(), {
             "format": FORMAT,
             "key": dataclasses.asdict(self._key),
             "num_clips": len(self._rows),

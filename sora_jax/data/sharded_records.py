@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 from sora_jax.core.disk import reports_full_disk
 from sora_jax.core.errors import UserError
 
-MANIFEST, INDEX = "manifest.json", "index.npz"
+MANIFEST, INDEX, PART = "manifest.json", "index.npz", "part.json"
 SHARD_BYTES = 256 * 2**20
 REBUILD = "delete the directory or set config.latents.rebuild=true"
 
@@ -31,12 +31,19 @@ class CorruptRecord(Exception):
 
 class ShardedWriter:
     """Writes records beside their place and moves them there in `close`: half a directory is never
-    seen. stem: of the shards' file names."""
+    seen. stem: of the shards' file names.
 
-    def __init__(self, directory, stem: str, shard_bytes: int = SHARD_BYTES):
+    part: number of a part that one of several processes writes. It ends with `close_part`, and a
+    writer without a number then takes all parts over (`take_parts`).
+    """
+
+    def __init__(self, directory, stem: str, shard_bytes: int = SHARD_BYTES,
+                 part: int | None = None):
         self.directory = pathlib.Path(directory)
         self._stem, self._shard_bytes = stem, shard_bytes
         self._partial = self.directory.with_name(self.directory.name + ".incomplete")
+        if part is not None:
+            self._partial = _part(self.directory, part)
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
         self._writer, self._written = None, 0
@@ -46,7 +53,7 @@ class ShardedWriter:
         """Appends a record; returns its CRC-32."""
         with reports_full_disk(self._partial):
             if self._writer is None:
-                name = f"{self._stem}-{len(self._shards):05d}.array_record"
+                name = self._shard_name()
                 self._writer = array_record_module.ArrayRecordWriter(
                     str(self._partial / name), "group_size:1"
                 )
@@ -73,6 +80,34 @@ class ShardedWriter:
             shutil.rmtree(self.directory, ignore_errors=True)
             os.replace(self._partial, self.directory)
 
+    def close_part(self, rows) -> None:
+        """Ends a part. rows: a JSON value, what the writer of the index knows of the records."""
+        self._close_shard()
+        with reports_full_disk(self._partial):
+            (self._partial / PART).write_text(json.dumps({"shards": self._shards, "rows": rows}))
+
+    def take_parts(self, count: int) -> list:
+        """Moves the records of parts 0 .. count - 1 here, in this order; returns their rows.
+
+        Raises UserError where one is not on this disk.
+        """
+        rows = []
+        for number in range(count):
+            place = _part(self.directory, number)
+            try:
+                part = json.loads((place / PART).read_text())
+                for shard in part["shards"]:
+                    name = self._shard_name()
+                    os.replace(place / shard["name"], self._partial / name)
+                    self._shards.append({**shard, "name": name})
+            except (OSError, ValueError) as error:
+                raise UserError(f"{place}, which process {number} has written, cannot be read "
+                                f"({error}); it must be on a disk that all processes share"
+                                ) from error
+            rows.append(part["rows"])
+            shutil.rmtree(place)
+        return rows
+
     def abort(self) -> None:
         """Removes what was written."""
         if self._writer is not None:
@@ -81,6 +116,9 @@ class ShardedWriter:
             self._writer = None
         shutil.rmtree(self._partial, ignore_errors=True)
 
+    def _shard_name(self):
+        return f"{self._stem}-{len(self._shards):05d}.array_record"
+
     def _close_shard(self):
         if self._writer is None:
             return
@@ -88,6 +126,17 @@ class ShardedWriter:
             self._writer.close()
         self._writer, self._written = None, 0
         self._shards[-1]["bytes"] = (self._partial / self._shards[-1]["name"]).stat().st_size
+
+
+def _part(directory: pathlib.Path, number: int) -> pathlib.Path:
+    return directory.with_name(f"{directory.name}.part-{number:05d}")
+
+
+def remove_parts(directory) -> None:
+    """Removes parts that earlier processes have left."""
+    directory = pathlib.Path(directory)
+    for place in directory.parent.glob(f"{directory.name}.part-*"):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 class ShardedReader:

@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 
 from sora_jax.core.errors import UserError
-from sora_jax.data.latent_cache import caption_digests
+from sora_jax.data.latent_cache import DIGEST_BYTES, caption_digests
 from sora_jax.data.sharded_records import (
     REBUILD,
     SHARD_BYTES,
@@ -35,18 +35,19 @@ class TextKey:
 class TextWriter:
     """Writes a cache beside its place and moves it there in `close`.
 
-    padded_tokens: to which zeros fill up every embedding when it is read; 0: none.
+    padded_tokens: to which zeros fill up every embedding when it is read; 0: none. part: of several
+    processes, as in `latent_cache.CacheWriter`.
     As a context manager it closes on success and removes what it wrote after an exception.
     """
 
     def __init__(self, directory, key: TextKey, width: int, dtype: str, padded_tokens: int = 0,
-                 shard_bytes: int = SHARD_BYTES):
-        self._records = ShardedWriter(directory, "text", shard_bytes)
+                 shard_bytes: int = SHARD_BYTES, part: int | None = None):
+        self._part = part
+        self._records = ShardedWriter(directory, "text", shard_bytes, part)
         self._manifest = {
             "format": FORMAT, "key": dataclasses.asdict(key), "width": width, "dtype": dtype,
             "padded_tokens": padded_tokens}
-        self._digests: list[np.ndarray] = []
-        self._rows: list[tuple[int, int]] = []
+        self._rows: list[tuple[str, int, int]] = []  # digest in hex, tokens, CRC-32
 
     def add(self, caption: str, embedding_MD) -> None:
         """Appends one caption. Raises UserError on values that are not finite in the dtype."""
@@ -59,8 +60,12 @@ class TextWriter:
                 f"the embedding of {caption[:60]!r} holds values that are not finite in {dtype}; "
                 "set text_encoder.dtype=float32, or check the encoder's weights")
         crc = self._records.write(embedding_MD.tobytes())
-        self._digests.append(caption_digests([caption.encode()])[0])
-        self._rows.append((len(embedding_MD), crc))
+        self._rows.append((_digest(caption).hex(), len(embedding_MD), crc))
+
+    def take_parts(self, count: int) -> None:
+        """Appends the captions of parts 0 .. count - 1. Raises as `ShardedWriter.take_parts`."""
+        for rows in self._records.take_parts(count):
+            self._rows += rows
 
     def __enter__(self):
         return self
@@ -68,9 +73,13 @@ class TextWriter:
     def __exit__(self, kind, error, trace):
         if kind is not None:
             return self._records.abort()
-        tokens, crcs = zip(*self._rows, strict=True)
-        self._records.close(
-            {"caption_digest_R16": np.array(self._digests), "tokens_R": np.array(tokens, np.int32),
+        if self._part is not None:
+            return self._records.close_part(self._rows)
+        digests, tokens, crcs = zip(*self._rows, strict=True)
+        digest_R16 = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(
+            -1, DIGEST_BYTES)
+        return self._records.close(
+            {"caption_digest_R16": digest_R16, "tokens_R": np.array(tokens, np.int32),
              "crc_R": np.array(crcs, np.uint32)},
             {**self._manifest, "num_captions": len(self._rows)})
 

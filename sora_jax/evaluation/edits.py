@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 
+from sora_jax import shared_work
 from sora_jax.core.errors import UserError
 from sora_jax.data.clip_plan import clip_plan, decode_clip
 from sora_jax.evaluation import edit_figures as figures
@@ -40,11 +41,18 @@ def edit_report(config: RunConfig, sampler: Sampler, params, workdir: str) -> di
     clip there and back.
     """
     sampler = dataclasses.replace(sampler, packing=dataclasses.replace(sampler.packing, rows=1))
+
+    def mine():
+        found = {}
+        for i, clip in true_clips(config, sampler, workdir, shared_work.share()).items():
+            editor = Editor(sampler, params, clip.prompt, clip.fps, config.evaluation.seed + i,
+                            window_frames=len(clip.pixels_THWC))
+            found[i] = clip_figures(editor, clip)
+        return found
+
     values = collections.defaultdict(list)
-    for i, clip in enumerate(true_clips(config, sampler, workdir)):
-        editor = Editor(sampler, params, clip.prompt, clip.fps, config.evaluation.seed + i,
-                        window_frames=len(clip.pixels_THWC))
-        for name, found in clip_figures(editor, clip).items():
+    for of_clip in shared_work.merged(mine):
+        for name, found in of_clip.items():
             values[f"edit_{name}"] += found
     return summarize(values)
 
@@ -57,8 +65,10 @@ def summarize(values: dict[str, list]) -> dict[str, float]:
     return {name: float(np.mean(found)) for name, found in known.items() if found}
 
 
-def true_clips(config: RunConfig, sampler: Sampler, workdir: str) -> list[TrueClip]:
-    """The first held-out clips of the greatest length. Raises UserError where that is too short."""
+def true_clips(config: RunConfig, sampler: Sampler, workdir: str,
+               share: slice = slice(None)) -> dict[int, TrueClip]:
+    """The first held-out clips of the greatest length by number; of these, a share. Raises
+    UserError where that length is too short."""
     compression, patch = sampler.vae.compression, sampler.model.config.patch
     source = open_dataset(config.data, workdir, "held_out")
     plan = clip_plan(source, latents.clip_options(config), compression, patch)
@@ -67,19 +77,18 @@ def true_clips(config: RunConfig, sampler: Sampler, workdir: str) -> list[TrueCl
         raise UserError(
             f"evaluation.edits = {config.evaluation.edits} needs held-out clips of at least "
             f"{1 + 2 * compression.time} frames and the longest has {longest}; set it to 0")
-    clips = []
-    for item in plan:
-        spec, record = item.spec, source[item.record]
-        if spec.frames < longest or max(spec.height, spec.width) < 2 * unit:
-            continue
+    chosen = [item for item in plan if item.spec.frames == longest
+              and max(item.spec.height, item.spec.width) >= 2 * unit][: config.evaluation.edits]
+    clips = {}
+    for i in range(len(chosen))[share]:
+        item, record = chosen[i], source[chosen[i].record]
+        spec = item.spec
         as_it_is = (item.window.start_frame == 0 and not item.window.resampled
                     and (spec.height, spec.width) == (record.height, record.width))
-        clips.append(TrueClip(
+        clips[i] = TrueClip(
             decode_clip(record.video_bytes, item.window, spec.height, spec.width, record.id),
             record.captions[0], item.window.fps,
-            record.metadata if as_it_is and "shapes" in record.metadata else None))
-        if len(clips) == config.evaluation.edits:
-            break
+            record.metadata if as_it_is and "shapes" in record.metadata else None)
     return clips
 
 

@@ -25,6 +25,7 @@ MIN_MARGIN = 0.03  # of that IoU over the second best shape's; true clips have 0
 MIN_SAME_SHAPE = 0.8  # share of the compared frames in which that shape is the best one
 MIN_PRESENCE = 0.8  # share of frames in which an object must be seen; another may pass over it
 MAX_STRAY = 0.125  # share of frames in which something else may be seen
+JUDGED = ("colour", "shape", "direction", "speed", "all")
 STRAY_AREA = 0.12  # what counts as something: core pixels, of the smallest shape's area
 
 
@@ -64,14 +65,20 @@ def prompt_match(clips, prompts) -> dict[str, float]:
     """
     if len(clips) != len(prompts):
         raise UserError(f"{len(clips)} clips but {len(prompts)} prompts; give one for each")
-    return summarize([match_clip(c, p) for c, p in zip(clips, prompts, strict=True)])
+    return summarize([judgements(c, p) for c, p in zip(clips, prompts, strict=True)])
+
+
+def judgements(pixels_THWC, prompt) -> dict[str, bool | None]:
+    """A clip's match by name, what was seen left out."""
+    match = match_clip(pixels_THWC, prompt)
+    return {name: getattr(match, name) for name in JUDGED}
 
 
 def summarize(matches) -> dict[str, float]:
-    """The rates of `prompt_match` from the matches of single clips."""
+    """The rates of `prompt_match` from the `judgements` of single clips."""
     metrics = {}
-    for name in ("colour", "shape", "direction", "speed", "all"):
-        judged = [value for m in matches if (value := getattr(m, name)) is not None]
+    for name in JUDGED:
+        judged = [value for match in matches if (value := match[name]) is not None]
         label = "prompt_match" if name == "all" else name
         if judged:
             metrics[label] = float(np.mean(judged))

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from sora_jax import processes
 from sora_jax.data import sources
 from sora_jax.data.moving_shapes import builder as moving_shapes
 from sora_jax.run_config import DataConfig
@@ -21,6 +22,13 @@ def prepare_dataset(config: DataConfig, workdir: str) -> pathlib.Path:
 
     return pathlib.Path(
         video_folder.prepare(config.folder, data_dir, config.from_folder, config.seed))
+
+
+def prepare_together(config: DataConfig, workdir: str) -> None:
+    """Prepares the dataset where it is missing: the first process does, the others wait. All call
+    this, once in a run and before they open it."""
+    with processes.first_goes_first("dataset"):
+        prepare_dataset(config, workdir)
 
 
 def open_dataset(config: DataConfig, workdir: str, split: str) -> sources.Source:

@@ -19,6 +19,7 @@ from sora_jax.run_config import RunConfig
 from sora_jax.run_sections import DiffusionConfig
 from sora_jax.tasks import learned_variance
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
+from sora_jax.tasks.datasets import prepare_together
 from sora_jax.tasks.initial_weights import initial
 from sora_jax.tasks.latents import open_latents
 from sora_jax.tasks.requests import Embed, Request
@@ -35,10 +36,11 @@ from sora_jax.weights.vae_files import FrozenVAE, load_vae
 
 
 def build(config: RunConfig, workdir: str) -> Task:
-    """The task of a run; opens (or builds) the latent caches."""
+    """The task of a run; opens the latent caches, or builds them: all processes together."""
     vae = load_vae(config.latents.vae)
     model = make_model(config, vae)
     begin_with = initial(config, model.config, workdir)
+    prepare_together(config.data, workdir)
     train, held_out = (open_latents(config, workdir, vae, split) for split in ("train", "held_out"))
     train_text, held_out_text = (
         open_text(config, workdir, cache, split)

@@ -21,7 +21,7 @@ from sora_jax.models.distortion_net import (
     num_classes,
 )
 from sora_jax.run_config import RunConfig
-from sora_jax.tasks.datasets import open_dataset
+from sora_jax.tasks.datasets import open_dataset, prepare_together
 from sora_jax.tasks.task import Task
 from sora_jax.weights.features_file import save_features
 from sora_jax.weights.vae_files import to_float
@@ -31,6 +31,7 @@ WEIGHTS = "features.safetensors"
 
 def build(config: RunConfig, workdir: str) -> Task:
     """The task of a run; opens (or prepares) the dataset."""
+    prepare_together(config.data, workdir)
     train = open_dataset(config.data, workdir, "train")
     loader = pixel_batches.pixel_batches(
         train, config.pixels, config.seed, config.num_steps,

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import logging
 import pathlib
@@ -10,11 +11,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sora_jax import shared_work
 from sora_jax.core.errors import UserError
 from sora_jax.data.clip_plan import ClipOptions, PlannedClip, clip_plan, decode_clip
 from sora_jax.data.latent_cache import CacheKey, CacheWriter, LatentCache, open_cache
 from sora_jax.data.sources import Source
 from sora_jax.run_config import RunConfig
+from sora_jax.tasks import shared_cache
 from sora_jax.tasks.datasets import open_dataset
 from sora_jax.weights.vae_files import FrozenVAE
 
@@ -37,13 +40,13 @@ def clip_options(config: RunConfig) -> ClipOptions:
 
 
 def open_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) -> LatentCache:
-    """The latent cache of a split, built first where the config allows it.
+    """The latent cache of a split, built first where the config allows it: then all processes call
+    this and build it together.
 
     Raises UserError where it is missing (and may not be built), stale or damaged.
     """
     directory = latents_directory(config, workdir) / split
-    missing = not directory.is_dir()
-    if config.latents.rebuild or (config.latents.build_if_missing and missing):
+    if shared_cache.to_be_built(config, directory):
         return build_latents(config, workdir, vae, split)
     key = cache_key(config, open_dataset(config.data, workdir, split), vae)
     return open_cache(directory, key)
@@ -64,39 +67,58 @@ def cache_key(config: RunConfig, source: Source, vae: FrozenVAE) -> CacheKey:
 
 
 def build_latents(config: RunConfig, workdir: str, vae: FrozenVAE, split: str) -> LatentCache:
-    """Encodes a split and writes its cache; an existing one is replaced.
+    """Encodes a split and writes its cache; an existing one is replaced. All processes call this.
 
-    Clips of one size are encoded together. Raises UserError where more than MAX_UNREADABLE_SHARE
-    of the clips cannot be decoded.
+    Clips of one size are encoded together. Each process encodes consecutive batches of about equal
+    cost, and the first one puts them in order: the cache is that of one process but for where
+    shards begin. Raises UserError where more than MAX_UNREADABLE_SHARE of the clips cannot be
+    decoded.
     """
+    start = time.monotonic()
     source = open_dataset(config.data, workdir, split)
     plan = clip_plan(source, clip_options(config), vae.compression, config.model.patch)
     directory = latents_directory(config, workdir) / split
     key = cache_key(config, source, vae)
-    start, done, failed = time.monotonic(), 0, 0
-    with CacheWriter(directory, key, vae.config.z_dim) as writer:
-        batches = encoding_batches(plan, config.data.max_frames, config.latents.batch_pixels)
-        for batch, clips in decoded_ahead(source, batches):
-            kept = [(item, record, pixels) for item, record, pixels in clips if record is not None]
-            failed += len(clips) - len(kept)
-            if kept:
-                latents = encode(vae, [pixels for *_, pixels in kept], batch)
-                for (item, record, _), latents_THWC in zip(kept, latents, strict=True):
-                    writer.add(
-                        item.id(record.id), latents_THWC, record.captions,
-                        item.spec.frames, item.spec.height, item.spec.width, item.window.fps,
-                        clip=item.clip_id(record.id) if item.resolutions else "",
-                        resolutions=item.resolutions,
-                    )
-            done += len(clips)
-            if failed > MAX_UNREADABLE_SHARE * len(plan):
-                raise UserError(
-                    f"{failed} of the first {done} clips of {source.directory} cannot be decoded "
-                    f"(allowed: {MAX_UNREADABLE_SHARE:.0%}); prepare the dataset again"
-                )
+    batches = list(encoding_batches(plan, config.data.max_frames, config.latents.batch_pixels))
+    mine = shared_work.run_of([batch.cost for batch in batches])
+    failed = shared_cache.build(
+        directory, functools.partial(CacheWriter, directory, key, vae.config.z_dim),
+        lambda writer: write_batches(vae, source, [batches[i] for i in mine], len(plan), writer),
+        lambda failed: check_unreadable(failed, len(plan), source))
     seconds = time.monotonic() - start
-    print(f"encoded {done - failed} {split} clips in {seconds:.0f} s", flush=True)
+    print(f"encoded {len(plan) - failed} {split} clips in {seconds:.0f} s", flush=True)
     return open_cache(directory, key)
+
+
+def write_batches(vae: FrozenVAE, source: Source, batches, num_planned: int,
+                  writer: CacheWriter) -> int:
+    """Adds the clips of these batches to a cache; returns how many could not be decoded.
+
+    Raises UserError as soon as these are too many of the num_planned clips.
+    """
+    failed = 0
+    for batch, clips in decoded_ahead(source, batches):
+        kept = [(item, record, pixels) for item, record, pixels in clips if record is not None]
+        failed += len(clips) - len(kept)
+        if kept:
+            latents = encode(vae, [pixels for *_, pixels in kept], batch)
+            for (item, record, _), latents_THWC in zip(kept, latents, strict=True):
+                writer.add(
+                    item.id(record.id), latents_THWC, record.captions,
+                    item.spec.frames, item.spec.height, item.spec.width, item.window.fps,
+                    clip=item.clip_id(record.id) if item.resolutions else "",
+                    resolutions=item.resolutions,
+                )
+        check_unreadable(failed, num_planned, source)
+    return failed
+
+
+def check_unreadable(failed: int, num_planned: int, source: Source) -> None:
+    """Raises UserError where too many clips cannot be decoded."""
+    if failed > MAX_UNREADABLE_SHARE * num_planned:
+        raise UserError(
+            f"{failed} of {num_planned} clips of {source.directory} cannot be decoded "
+            f"(allowed: {MAX_UNREADABLE_SHARE:.0%}); prepare the dataset again")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +128,11 @@ class EncodingBatch:
     clips: list[PlannedClip]
     rows: int
     frames: int
+
+    @property
+    def cost(self) -> int:
+        """Pixels that are encoded."""
+        return self.rows * self.frames * self.clips[0].spec.height * self.clips[0].spec.width
 
 
 def encoding_batches(plan: list[PlannedClip], max_frames: int, batch_pixels: int
@@ -202,7 +229,7 @@ def decode(vae: FrozenVAE, latents: list[np.ndarray]) -> list[np.ndarray]:
 
     Latents are padded in time to the longest of the list and cut after, as in `encode`.
     """
-    longest = max(len(latents_THWC) for latents_THWC in latents)
+    longest = max((len(latents_THWC) for latents_THWC in latents), default=0)
     pixels = [None] * len(latents)
     for side in sorted({latents_THWC.shape[1:] for latents_THWC in latents}):
         mine = [i for i, latents_THWC in enumerate(latents) if latents_THWC.shape[1:] == side]

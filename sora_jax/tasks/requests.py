@@ -175,10 +175,12 @@ def first_fit(lengths, text_tokens, packing: PackingConfig) -> list[list[int]]:
 
 
 def plan_rows(requests: list[Request], packing: PackingConfig, patch, vae: FrozenVAE,
-              negative_prompt: str, embed: Embed | None = None) -> list[Rows]:
+              negative_prompt: str, embed: Embed | None = None,
+              share: slice = slice(None)) -> list[Rows]:
     """The rows in which requests are sampled, packing.rows at a time; a row holds the longest.
 
-    Raises UserError where a prompt is longer than a row's text.
+    share: which of the rows; what stands in a row does not depend on it. Raises UserError where a
+    prompt is longer than a row's text.
     """
     clips = [noise_clip(request, vae) for request in requests]
     lengths = num_tokens([clip.latents_THWC.shape[:3] for clip in clips], patch)
@@ -191,7 +193,7 @@ def plan_rows(requests: list[Request], packing: PackingConfig, patch, vae: Froze
     if max(text) > packing.row_text:
         raise UserError(f"a prompt has {max(text)} text tokens and a row holds packing.row_text = "
                         f"{packing.row_text}; shorten it")
-    rows = first_fit(lengths, text, packing)
+    rows = first_fit(lengths, text, packing)[share]
     return [Rows(rows[first : first + packing.rows], requests, clips, packing, patch, embed)
             for first in range(0, len(rows), packing.rows)]
 

@@ -48,14 +48,21 @@ class Sampler:
 
         Raises UserError on a size or length the patching does not allow.
         """
+        return list(self.shared(params, requests, slice(None)).values())
+
+    def shared(self, params, requests: list[Request], share: slice) -> dict[int, np.ndarray]:
+        """pixels_THWC of the requests in a share of the packed rows, by their place in the list,
+        ascending. Shares that have every row once give what one call for all gives. Raises as that
+        does."""
         patch = self.model.config.patch
         for request in requests:
             self.vae.compression.check(request.spec, patch=max(patch[1:]))
-        return decode(self.vae, self.latents(params, requests))
+        found = self._packed(params, requests, self._walk, share)
+        return dict(zip(found, decode(self.vae, list(found.values())), strict=True))
 
     def latents(self, params, requests: list[Request]) -> list[np.ndarray]:
         """latents_THWC of every request."""
-        return self._packed(params, requests, self._walk)
+        return list(self._packed(params, requests, self._walk).values())
 
     def noises(self, params, requests: list[Request]) -> list[np.ndarray]:
         """The noise (THWC) from which this model makes the source of every request's edit.
@@ -63,24 +70,25 @@ class Sampler:
         It is the walk from data to noise without guidance, by Heun: DDIM inversion (arXiv
         2010.02502, section 4.3) of order 2.
         """
-        return self._packed(params, requests, self._walk_back)
+        return list(self._packed(params, requests, self._walk_back).values())
 
-    def _packed(self, params, requests, walk):
-        """What walk(params, rows, mesh) makes of the requests, packed into rows; these are split
-        over the mesh."""
+    def _packed(self, params, requests, walk, share=slice(None)):
+        """What walk(params, rows, mesh) makes of the requests, packed into rows, by their place in
+        the list; rows are split over the mesh."""
         patch = self.model.config.patch
-        latents = [None] * len(requests)
+        latents = {}
         mesh = sharding.rows_mesh(self.packing.rows)
         params = sharding.on_mesh(params, mesh)
         for rows in plan_rows(
-            requests, self.packing, patch, self.vae, self.settings.negative_prompt, self.embed
+            requests, self.packing, patch, self.vae, self.settings.negative_prompt, self.embed,
+            share
         ):
             tokens_BND, batch = walk(params, rows, mesh)
             batch = {**batch, "tokens_BND": np.asarray(tokens_BND)}
             for row, members in enumerate(rows.members):
                 for segment, i in enumerate(members, 1):
                     latents[i] = unpack_row(batch, row, segment, patch)
-        return latents
+        return dict(sorted(latents.items()))
 
     def _walk(self, params, rows: Rows, mesh):
         """(denoised tokens_BND, batch) of packed rows."""

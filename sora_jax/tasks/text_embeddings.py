@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import time
 
+from sora_jax import shared_work
 from sora_jax.core.errors import UserError
 from sora_jax.data.latent_cache import LatentCache
 from sora_jax.data.sharded_records import REBUILD
 from sora_jax.data.text_cache import TextCache, TextKey, TextWriter, open_text_cache
 from sora_jax.run_config import RunConfig, TextEncoderConfig
+from sora_jax.tasks import shared_cache
 from sora_jax.tasks.latents import latents_directory
 from sora_jax.tasks.requests import Embed
 from sora_jax.weights.text_encoder_files import FrozenTextEncoder, load_text_encoder
@@ -43,8 +45,8 @@ def load(section: TextEncoderConfig) -> FrozenTextEncoder:
 
 def open_text(config: RunConfig, workdir: str, latents: LatentCache, split: str
               ) -> TextCache | None:
-    """The text cache of a split, built first where the config allows it; None where the model
-    reads bytes.
+    """The text cache of a split, built first where the config allows it (then all processes call
+    this and build it together); None where the model reads bytes.
 
     Raises UserError where it is missing (and may not be built), stale, damaged, or lacks a caption
     of the latents.
@@ -55,8 +57,7 @@ def open_text(config: RunConfig, workdir: str, latents: LatentCache, split: str
     encoder = load(section)
     key = text_key(encoder, section)
     directory = latents_directory(config, workdir) / "text" / split
-    missing = not directory.is_dir()
-    if config.latents.rebuild or (config.latents.build_if_missing and missing):
+    if shared_cache.to_be_built(config, directory):
         build_text(encoder, key, section.dtype, latents, directory,
                    (config.sampling.negative_prompt,))
     cache = open_text_cache(directory, key)
@@ -76,18 +77,30 @@ def text_key(encoder: FrozenTextEncoder, section: TextEncoderConfig) -> TextKey:
 def build_text(encoder: FrozenTextEncoder, key: TextKey, dtype: str, latents: LatentCache,
                directory, more=()) -> None:
     """Encodes every distinct caption of the latents, the empty one and `more`, and writes their
-    cache; an existing one is replaced."""
-    start, known = time.monotonic(), {"", *more}
-    for clip in range(len(latents)):
-        known.update(latents[clip].captions)
-    captions = sorted(known)
+    cache; an existing one is replaced. All processes call this, and each encodes a part."""
+    start = time.monotonic()
+    captions = sorted({"", *more, *distinct_captions(latents)})
+    firsts = range(0, len(captions), CAPTIONS_AT_ONCE)
+    mine = shared_work.run_of([1] * len(firsts))
     encoder = encoder.on_device()
-    with TextWriter(directory, key, encoder.width, dtype, encoder.padded_tokens) as writer:
-        for first in range(0, len(captions), CAPTIONS_AT_ONCE):
+
+    def write(writer):
+        for first in firsts[mine.start : mine.stop]:
             part = captions[first : first + CAPTIONS_AT_ONCE]
             for caption, embedding_MD in zip(part, encoder.encode(part), strict=True):
                 writer.add(caption, embedding_MD)
+        return 0
+
+    shared_cache.build(directory, functools.partial(
+        TextWriter, directory, key, encoder.width, dtype, encoder.padded_tokens), write)
     print(f"encoded {len(captions)} captions in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def distinct_captions(latents: LatentCache) -> set[str]:
+    """The captions of all clips; each process reads some of these."""
+    mine = {caption for clip in range(len(latents))[shared_work.share()]
+            for caption in latents[clip].captions}
+    return {caption for part in shared_work.gathered(lambda: sorted(mine)) for caption in part}
 
 
 def embedder(config: RunConfig, cache: TextCache | None) -> Embed | None:

@@ -17,7 +17,7 @@ from sora_jax.models.vae_blocks_linear import fold_blocks
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import initial_vae, side_by_side, vae_adversarial, vae_losses
-from sora_jax.tasks.datasets import open_dataset
+from sora_jax.tasks.datasets import open_dataset, prepare_together
 from sora_jax.tasks.perceptual import perceptual_distance
 from sora_jax.tasks.task import Task
 from sora_jax.weights.vae_files import FrozenVAE, load_vae, save_vae, to_float
@@ -33,6 +33,7 @@ def build(config: RunConfig, workdir: str) -> Task:
     """The task of a run; opens (or prepares) the dataset."""
     check(config)
     model = VideoVAE(config.vae)
+    prepare_together(config.data, workdir)
     train = open_dataset(config.data, workdir, "train")
     held_out = open_dataset(config.data, workdir, "held_out")
     loader = pixel_batches.pixel_batches(
