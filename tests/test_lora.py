@@ -2,13 +2,11 @@
 checkpoints, meshes and other runs know them."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from configs import base
@@ -17,74 +15,29 @@ from sora_jax.checkpoint import CheckpointConfig, Checkpointer
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import named_leaves, unflatten
 from sora_jax.lora import LoRAConfig
-from sora_jax.optim import OptimConfig, make_optimizer
 from sora_jax.parameter_groups import ParameterGroup
 from sora_jax.sharding import MeshConfig
-from sora_jax.tasks.task import Task
-from sora_jax.train_step import make_step, state_functions, with_initial
+from sora_jax.train_step import with_initial
+from tests.small_run import LAYERS, WIDTH, X_BD, Y_BD, Run, init, loss
 
-LAYERS, WIDTH, HIDDEN = 3, 8, 12
-X_BD = np.random.default_rng(0).normal(size=(16, WIDTH)).astype(np.float32)
-Y_BD = np.random.default_rng(1).normal(size=(16, WIDTH)).astype(np.float32)
 LORA = LoRAConfig(rank=2, alpha=6.0, targets=(r"^blocks/.*mlp_(in|out)/kernel$", "^head/kernel$"))
-OPTIM = OptimConfig(learning_rate=0.02, warmup_steps=0, decay="constant", ema_decay=0.5,
-                    weight_decay=0.1)
-
-
-def init(key):
-    """Two matrices and a bias stacked by layers, and a head that is not."""
-    def boxed(number, shape, *names):
-        value = 0.4 * jax.random.normal(jax.random.fold_in(key, number), shape)
-        return nn.LogicallyPartitioned(value, names)
-
-    return {
-        "blocks": {
-            "mlp_in": {"kernel": boxed(0, (LAYERS, WIDTH, HIDDEN), "layers", "embed", "mlp"),
-                       "bias": boxed(1, (LAYERS, HIDDEN), "layers", "mlp")},
-            "mlp_out": {"kernel": boxed(2, (LAYERS, HIDDEN, WIDTH), "layers", "mlp", "embed")},
-        },
-        "head": {"kernel": boxed(3, (WIDTH, WIDTH), "embed", "patch")},
-    }
-
-
-def predict(params, x_BD):
-    def layer(x, p):
-        hidden = jnp.tanh(x @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"])
-        return x + hidden @ p["mlp_out"]["kernel"], None
-
-    return jax.lax.scan(layer, x_BD, params["blocks"])[0] @ params["head"]["kernel"]
-
-
-def loss(params, batch, key):
-    return jnp.mean(jnp.square(predict(params, batch["x_BD"]) - batch["y_BD"])), {}
-
-
-class Run:
-    """A run of the network above: its state, and `step` as in training."""
-
-    def __init__(self, adapted=LORA, mesh=MeshConfig(), devices=None, task=None, **optim):
-        self.config = types.SimpleNamespace(
-            seed=0, lora=adapted, optim=dataclasses.replace(OPTIM, **optim))
-        self.mesh = sharding.make_mesh(mesh, devices or jax.devices()[:1])
-        self.task = task or Task(name="test", init=init, loss=loss)
-        tx = make_optimizer(self.config.optim, 10)
-        self.create, self.abstract, self.shardings = state_functions(
-            self.config, self.task, tx, self.mesh)
-        self.step = make_step(self.config, self.task, tx, self.mesh, self.shardings)
-
-    def after(self, num_steps, state=None):
-        """(state, losses) after more steps."""
-        state, losses = self.create() if state is None else state, []
-        batch = sharding.put_batch({"x_BD": X_BD, "y_BD": Y_BD}, self.mesh)
-        for _ in range(num_steps):
-            state, scalars = self.step(state, batch)
-            losses.append(float(scalars["loss"]))
-        return state, losses
 
 
 @pytest.fixture(scope="module")
 def run():
-    return Run()
+    return Run(LORA)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A run that trains the weights themselves."""
+    return Run(optimizer="schedule_free", ema_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def many():
+    """The first run on four devices."""
+    return Run(LORA, mesh=MeshConfig(data=1, fsdp=2, tensor=2), devices=jax.devices()[:4])
 
 
 def equal(a, b):
@@ -97,7 +50,7 @@ def given():
     return jax.device_get(sharding.unbox(init(jax.random.key(7))))
 
 
-def test_step_zero_is_the_base_exactly(run):
+def test_step_zero_is_the_base_exactly(run, plain):
     """With given weights and with those of the run's own seed."""
     state = with_initial(dataclasses.replace(run.task, initial=given), run.create, run.shardings)()
     equal(frozen.whole(state.frozen, state.params), given())
@@ -105,8 +58,7 @@ def test_step_zero_is_the_base_exactly(run):
     np.testing.assert_allclose(
         run.after(1, state)[1][0],
         float(loss(given(), {"x_BD": X_BD, "y_BD": Y_BD}, None)[0]), rtol=1e-5)
-    plain = Run(LoRAConfig()).create()
-    equal(train_state.averaged_weights(run.create()), plain.params)
+    equal(train_state.averaged_weights(run.create()), plain.create().params)
     assert np.abs(run.create().params["head"]["kernel"]["a"]).min() > 0
 
 
@@ -139,8 +91,7 @@ def test_a_merged_matrix_is_w_plus_alpha_over_rank_a_b_in_every_layer(run):
     equal(merged["blocks"]["mlp_in"]["bias"], state.frozen["params"]["blocks"]["mlp_in"]["bias"])
 
 
-def test_adapters_and_their_moments_are_split_like_their_matrix_and_the_result_is_the_same():
-    many = Run(mesh=MeshConfig(data=1, fsdp=2, tensor=2), devices=jax.devices()[:4])
+def test_adapters_and_their_moments_are_split_like_their_matrix_with_the_same_result(run, many):
     at = many.shardings.params["blocks"]["mlp_in"]["kernel"]
     assert at["a"].spec == PartitionSpec(None, "fsdp")
     assert at["b"].spec == PartitionSpec(None, None, "tensor")
@@ -150,13 +101,13 @@ def test_adapters_and_their_moments_are_split_like_their_matrix_and_the_result_i
               if name.endswith("blocks/mlp_in/kernel/b")]
     assert places == [PartitionSpec(None, None, "tensor")] * 4  # it, its average and two moments
     state, losses = many.after(3)
-    alone, alone_losses = Run().after(3)
+    alone, alone_losses = run.after(3)
     np.testing.assert_allclose(losses, alone_losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
                  jax.device_get(state.params), jax.device_get(alone.params))
 
 
-def test_a_run_resumes_exactly_and_its_checkpoint_holds_all_it_needs(run, tmp_path):
+def test_a_run_resumes_exactly_and_its_checkpoint_holds_all_it_needs(run, many, tmp_path):
     """Given weights are asked for once; later the checkpoint has them, also on other devices."""
     asked = []
     task = dataclasses.replace(run.task, initial=lambda: asked.append(1) or given())
@@ -166,7 +117,6 @@ def test_a_run_resumes_exactly_and_its_checkpoint_holds_all_it_needs(run, tmp_pa
         checkpoints.wait()
         merged = jax.device_get(train_state.averaged_weights(state))
         end, losses = run.after(2, state)
-        many = Run(mesh=MeshConfig(data=1, fsdp=2, tensor=2), devices=jax.devices()[:4], task=task)
         for other in (run, many):
             create = with_initial(task, other.create, other.shardings)
             again = checkpoints.restore_or_create(other.abstract, other.shardings, create)
@@ -186,33 +136,30 @@ def test_a_run_resumes_exactly_and_its_checkpoint_holds_all_it_needs(run, tmp_pa
     assert np.abs(merged["head"]["kernel"] - given()["head"]["kernel"]).max() > 1e-4
 
 
-@pytest.mark.parametrize("source, target", [(LORA, LoRAConfig()), (LoRAConfig(), LORA),
-                                            (LORA, LORA)])
-def test_a_run_begins_with_the_merged_weights_of_another(source, target, tmp_path):
-    first, second = Run(source), Run(target, optimizer="schedule_free", ema_decay=0.0)
-    with Checkpointer(tmp_path / "first", CheckpointConfig(), report=print) as checkpoints:
-        checkpoints.save(1, first.after(1)[0])
-        checkpoints.wait()
-        _, weights = checkpoints.restore_params()
-        weights = jax.device_get(weights)
-    config = CheckpointConfig(init_from=str(tmp_path / "first"))
-    with Checkpointer(tmp_path / "second", config, report=print) as checkpoints:
-        state = checkpoints.restore_or_create(second.abstract, second.shardings, second.create)
-    assert int(state.step) == 0
-    equal(train_state.averaged_weights(state), weights)
-    # an optimizer that remembers parameters begins with these, too
-    equal(frozen.whole(state.frozen, train_state.apply_gradients(
-        state, jax.tree.map(jnp.zeros_like, state.params),
-        make_optimizer(dataclasses.replace(second.config.optim, weight_decay=0.0), 10),
-        0.0)[0].params), weights)
+def test_a_run_begins_with_the_merged_weights_of_another(run, plain, tmp_path):
+    """Adapters into whole weights, and these into adapters; an optimizer that remembers parameters
+    begins with them, too."""
+    states = {"adapters": run.after(1)[0], "whole": plain.after(1)[0]}
+    for name, target in (("adapters", plain), ("whole", run)):
+        with Checkpointer(tmp_path / name, CheckpointConfig(), report=print) as checkpoints:
+            checkpoints.save(1, states[name])
+        config = CheckpointConfig(init_from=str(tmp_path / name))
+        with Checkpointer(tmp_path / f"{name}_2", config, report=print) as checkpoints:
+            state = checkpoints.restore_or_create(
+                target.abstract, target.shardings, target.create)
+        assert int(state.step) == 0
+        weights = train_state.averaged_weights(states[name])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+                     train_state.averaged_weights(state), weights)
+        z = [leaf for name, leaf in named_leaves(state.opt_state) if "/z/" in name]
+        assert len(z) == (4 if target is plain else 0)
+        equal(z, jax.tree.leaves(state.params)[:len(z)])
 
 
 def test_groups_of_parameters_are_known_by_the_names_of_adapters():
-    held = Run(groups=(ParameterGroup("/a$", learning_rate_scale=0.0),))
-    state, _ = held.after(2)
-    for name, leaf in named_leaves(state.params):
-        then = dict(named_leaves(held.create().params))[name]
-        assert bool((leaf == then).all()) == name.endswith("/a"), name
+    with pytest.raises(UserError, match=r"optim.groups: 'head/kernel\$' matches no parameter; near "
+                                        "are head/kernel/a"):
+        Run(LORA, groups=(ParameterGroup("head/kernel$", learning_rate_scale=0.5),))
 
 
 @pytest.mark.parametrize("changes, words", [
