@@ -64,10 +64,13 @@ class Run:
         self.step = make_step(self.config, self.task, tx, self.mesh, self.shardings)
 
     def after(self, num_steps, state=None):
-        """(state, losses) after more steps."""
+        """(state, losses) after more steps, whose scalars are in `told`."""
+        self.told = {}
         state, losses = self.create() if state is None else state, []
         batch = sharding.put_batch({"x_BD": X_BD, "y_BD": Y_BD}, self.mesh)
         for _ in range(num_steps):
             state, scalars = self.step(state, batch)
             losses.append(float(scalars["loss"]))
+            for name, value in scalars.items():
+                self.told.setdefault(name, []).append(float(value))
         return state, losses

@@ -17,6 +17,7 @@ from sora_jax.core.tree import named_leaves, unflatten
 from sora_jax.lora import LoRAConfig
 from sora_jax.parameter_groups import ParameterGroup
 from sora_jax.sharding import MeshConfig
+from sora_jax.tasks.task import Task
 from sora_jax.train_step import with_initial
 from tests.small_run import LAYERS, WIDTH, X_BD, Y_BD, Run, init, loss
 
@@ -160,6 +161,23 @@ def test_groups_of_parameters_are_known_by_the_names_of_adapters():
     with pytest.raises(UserError, match=r"optim.groups: 'head/kernel\$' matches no parameter; near "
                                         "are head/kernel/a"):
         Run(LORA, groups=(ParameterGroup("head/kernel$", learning_rate_scale=0.5),))
+
+
+def test_a_teacher_is_the_base_and_the_average_is_merged(run):
+    """What a distilling task is given beside the parameters (tasks/distill.py)."""
+    def taught(params, batch, key, *, average, teacher):
+        scalars = {"teacher": loss(teacher, batch, key)[0], "average": loss(average, batch, key)[0]}
+        return loss(params, batch, key)[0], scalars
+
+    task = Task(name="test", init=init, loss=taught, from_teacher=True)
+    student = Run(LORA, task=task)
+    state, losses = run.after(3)
+    same, scalars = student.after(3)[0], student.told
+    assert scalars["teacher"] == [scalars["teacher"][0]] * 3
+    np.testing.assert_allclose(scalars["teacher"][0], losses[0], rtol=1e-5)
+    assert scalars["average"][0] > scalars["average"][2] > losses[2]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+                 jax.device_get(same.params), jax.device_get(state.params))
 
 
 @pytest.mark.parametrize("changes, words", [
