@@ -270,6 +270,7 @@ def get_config(arg: str = "") -> ConfigDict:
         # ({"pattern": "^text/", "learning_rate_scale": 0.1, "weight_decay_scale": 0.0}, {"pattern":
         # "mlp", "freeze": True}, ...): the first pattern that finds a parameter's name decides
         "groups": (),
+        "mup_base_width": 0,  # model.width that rates were tuned at (muP); 0 = not scaled
     })
 
     config.mesh = ConfigDict({

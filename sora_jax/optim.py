@@ -44,6 +44,7 @@ class OptimConfig:
     clip_norm: largest global norm of a gradient; 0 does not clip.
     ema_decay: of the averaged weights, see train_state.ema_decay_at; 0 averages nothing.
     state_dtype: of first moments, float32 or bfloat16.
+    mup_base_width: see tasks/mup.py; 0 is the usual parametrization.
     groups: parameters with a rate or decay of their own, or frozen; see parameter_groups.py.
     accumulate_steps: parts of the rows of a batch whose gradients are computed one after the other
       and added: less memory for activations, the same update (train_step.accumulated).
@@ -69,6 +70,7 @@ class OptimConfig:
     train_first_steps: int = 0
     state_dtype: str = "float32"
     groups: tuple[ParameterGroup, ...] = ()
+    mup_base_width: int = 0
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -103,6 +105,12 @@ class OptimConfig:
         for name in ("final_lr_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"optim.{name} = {getattr(self, name)} must be in [0, 1]")
+        if self.mup_base_width < 0:
+            raise UserError(f"optim.mup_base_width = {self.mup_base_width} must not be negative")
+        if self.mup_base_width and self.optimizer not in ("adamw", "schedule_free"):
+            raise UserError(f"optim.mup_base_width = {self.mup_base_width} scales rates as Adam "
+                            f"needs it and optim.optimizer is {self.optimizer!r}; set it to adamw "
+                            "or schedule_free, or mup_base_width to 0")
         if self.optimizer == "schedule_free":
             self._check_schedule_free()
 
@@ -201,13 +209,17 @@ def without(tx: optax.GradientTransformation, is_frozen) -> optax.GradientTransf
     return optax.chain(optax.masked(tx, trained), optax.masked(optax.set_to_zero(), held))
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, num_steps: int,
+                   rates: dict[str, float] | None = None) -> optax.GradientTransformation:
     """Clipping, the optimizer with decoupled weight decay, and the learning rate, in this order.
+
+    rates: see `grouped`.
 
     Raises UserError where the warm-up does not fit into num_steps.
     """
     schedule = learning_rate_schedule(config, num_steps)
-    parts = grouped(config, schedule) if config.groups else update_parts(config, schedule)
+    parts = (grouped(config, schedule, rates or {}) if config.groups or rates
+             else update_parts(config, schedule))
     if config.optimizer == "schedule_free":
         parts = [contrib.schedule_free(optax.chain(*parts), schedule, b1=config.b1)]
     if config.clip_norm:
@@ -258,29 +270,29 @@ def moment_dtype(config: OptimConfig):
     return None if config.state_dtype == "float32" else jnp.dtype(config.state_dtype)
 
 
-def grouped(config: OptimConfig, schedule) -> list[optax.GradientTransformation]:
-    """`update_parts` per group of parameters, with its own rate and decay. What groups freeze is
-    not among the parameters (train_step.parter)."""
-    patterns = [group.pattern for group in config.groups]
+def grouped(config: OptimConfig, schedule, rates) -> list[optax.GradientTransformation]:
+    """`update_parts` per kind of parameters, with its own rate and decay. What groups freeze is not
+    among the parameters (train_step.parter).
 
-    def own(group):
-        scaled = dataclasses.replace(
-            config, weight_decay=config.weight_decay * group.weight_decay_scale)
-        return optax.chain(*update_parts(
-            scaled, lambda count: group.learning_rate_scale * schedule(count)))
+    rates: of parameters by name, over the others'; their decay in a step stays that of the others.
+    """
+    groups = (*config.groups, ParameterGroup(""))
+    patterns = [group.pattern for group in groups]
 
-    rest = "rest"
-    transforms = {str(i): own(group) for i, group in enumerate(config.groups) if not group.freeze}
+    def own(rate_scale, decay_scale):
+        scaled = dataclasses.replace(config, weight_decay=config.weight_decay * decay_scale)
+        return optax.chain(*update_parts(scaled, lambda count: rate_scale * schedule(count)))
+
+    def kind(group, rate):
+        return group.learning_rate_scale * rate, group.weight_decay_scale / rate
+
+    kinds = sorted({kind(group, rate) for group in groups for rate in {1.0, *rates.values()}})
 
     def labels(params):
-        def label(name, _):
-            found = first_match(patterns, name)
-            return rest if found is None else str(found)
+        return map_with_name(lambda name, _: str(kinds.index(
+            kind(groups[first_match(patterns, name)], rates.get(name, 1.0)))), params)
 
-        return map_with_name(label, params)
-
-    return [optax.partition(
-        {**transforms, rest: optax.chain(*update_parts(config, schedule))}, labels)]
+    return [optax.partition({str(i): own(*each) for i, each in enumerate(kinds)}, labels)]
 
 
 def with_own_average(ema_params, opt_state, params):

@@ -232,9 +232,25 @@ def resolve(mapping) -> RunConfig:
                         "frames times of their own and a jump has one; set it to 0")
     if config.task == "distill":
         check_student(config.distill, config.sampling)
+    if config.optim.mup_base_width:
+        _check_mup(config)
     if config.lora.rank:
         _check_lora(config)
     return config
+
+
+def _check_mup(config: RunConfig) -> None:
+    """Raises UserError where no narrow network belongs to the wide one."""
+    base, model = config.optim.mup_base_width, config.model
+    shown = f"optim.mup_base_width = {base}"
+    if config.task not in SAMPLED_TASKS or config.lora.rank:
+        raise UserError(f"{shown} is of the transformer's own weights; set it to 0 with task = "
+                        f"{config.task!r} and lora.rank = {config.lora.rank}")
+    for name in ("num_heads", "mlp_width", "time_width"):
+        if getattr(model, name) * base % model.width:
+            raise UserError(f"{shown} and model.width = {model.width}: model.{name} = "
+                            f"{getattr(model, name)} times their ratio is no whole number; heads "
+                            "keep their width, so base and width must be multiples of it")
 
 
 def _check_lora(config: RunConfig) -> None:
