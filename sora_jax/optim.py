@@ -40,11 +40,12 @@ class OptimConfig:
     learning_rate: the peak, reached after `warmup` steps and left at once, or under
       "warmup_stable_decay" kept until the last `decay_fraction` of the run.
     final_lr_fraction: the last step's rate over the peak (ignored by "constant").
-    weight_decay: of matrices only; multiplied by the learning rate.
+    weight_decay: of matrices only (Muon's AdamW decays all that it takes); multiplied by the
+      learning rate.
     clip_norm: largest global norm of a gradient; 0 does not clip.
     ema_decay: of the averaged weights, see train_state.ema_decay_at; 0 averages nothing.
     state_dtype: of first moments, float32 or bfloat16.
-    mup_base_width: see tasks/mup.py; 0 is the usual parametrization.
+    mup_base_width: width of a network whose learning rate is used, see tasks/mup.py; 0: this one's.
     groups: parameters with a rate or decay of their own, or frozen; see parameter_groups.py.
     accumulate_steps: parts of the rows of a batch whose gradients are computed one after the other
       and added: less memory for activations, the same update (train_step.accumulated).

@@ -2,6 +2,7 @@
 
 import pathlib
 import shlex
+import sys
 
 import pytest
 from absl import flags
@@ -20,10 +21,13 @@ def test_a_command_of_the_page_is_a_run(command, monkeypatch):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
-    values(shlex.split(command)[2:])
+    words = shlex.split(command)[2:]
+    monkeypatch.setattr(sys, "argv", words)  # where config flags look for what they override
+    values(words)
     config = run_config.resolve(values.config)
-    assert config.lora.rank or any(group.freeze for group in config.optim.groups)
+    optim = config.optim
+    assert config.lora.rank or any(group.freeze for group in optim.groups) or optim.mup_base_width
 
 
 def test_the_page_has_commands():
-    assert len(COMMANDS) == 3
+    assert len(COMMANDS) == 4

@@ -6,7 +6,7 @@ others learn at the same rate and begin with the same variance, whatever the num
 outputs. The output matrix begins at zero, where its rate stands for the multiplier of the paper.
 Heads keep their width, so attention's scale stays, which 1/d is for growing heads.
 
-Source: Yang et al. 2022, arXiv 2203.03466, table 8 (Adam) and its equivalents in section J.2.1.
+Source: Yang et al. 2022, arXiv 2203.03466, table 8, Adam.
 """
 
 import dataclasses

@@ -8,8 +8,9 @@ import pytest
 
 from configs import base
 from sora_jax import optim, run_config, sharding
+from sora_jax.core.errors import UserError
 from sora_jax.models.transformer import Transformer
-from sora_jax.tasks import diffusion
+from sora_jax.tasks import diffusion, mup
 
 WIDTHS, BASE = (32, 64, 128), 32
 
@@ -26,14 +27,42 @@ def make_config(width, mup_base_width):
     return run_config.resolve(config)
 
 
+@pytest.mark.parametrize("changes, words", [
+    ({"optim.optimizer": "muon"}, "optim.mup_base_width = 32 scales rates as Adam needs it"),
+    ({"optim.mup_base_width": 24}, "model.num_heads = 4 times their ratio is no whole number"),
+    ({"task": "vae"}, "of the transformer's own weights"),
+])
+def test_a_config_that_cannot_be_is_refused_by_field(changes, words):
+    config = base.get_config("runlocal")
+    config.optim.update({"optimizer": "adamw", "mup_base_width": 32})
+    config.model.num_heads = 4
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=words):
+        run_config.resolve(config)
+
+
+def test_only_what_has_more_inputs_learns_slower_and_output_counts_do_not_matter():
+    narrow = {"patch_in/kernel": (64, 8), "blocks/qkv/kernel": (2, 8, 24), "blocks/qkv/bias": (2, 24),
+              "patch_out/kernel": (8, 64), "label_table": (10, 8)}
+    wide = {"patch_in/kernel": (64, 32), "blocks/qkv/kernel": (2, 32, 96),
+            "blocks/qkv/bias": (2, 96), "patch_out/kernel": (32, 64), "label_table": (10, 32)}
+    ratios = mup.fan_in_ratios(wide, narrow)
+    assert ratios == {**dict.fromkeys(wide, 1.0), "blocks/qkv/kernel": 0.25,
+                      "patch_out/kernel": 0.25}
+    factors = mup.initial_factors(wide, narrow)
+    assert factors["blocks/qkv/kernel"] == factors["label_table"] == 1.0
+    variance = 2 / (64 + 32) * factors["patch_in/kernel"] ** 2
+    assert variance == pytest.approx(2 / (64 + 8))
+
+
 @pytest.fixture(scope="module")
 def sizes():
     """{(width, with muP): root mean squares of (tokens read in at init, output after 3 steps)}."""
     found = {}
     for width in WIDTHS:
         gradient = None
-        for mup in (False, True):
-            config = make_config(width, BASE if mup else 0)
+        for scaled in (False, True):
+            config = make_config(width, BASE if scaled else 0)
             task, batch = diffusion.outline(config)
             rng = np.random.default_rng(0)
             batch["tokens_BND"][:] = rng.normal(size=batch["tokens_BND"].shape)
@@ -58,13 +87,13 @@ def sizes():
                 updates, state = update(grads, state, params)
                 params = optax.apply_updates(params, updates)
             said = np.asarray(gradient(params, batch)[0][1])
-            found[width, mup] = read, np.square(said).mean() ** 0.5
+            found[width, scaled] = read, np.square(said).mean() ** 0.5
     return found
 
 
 def test_coordinate_check(sizes):
     """From width 32 to 128, four times as many channels."""
-    print(sizes)
-    grown = {mup: np.divide(sizes[128, mup], sizes[32, mup]) for mup in (False, True)}
+    grown = {scaled: np.divide(sizes[128, scaled], sizes[32, scaled])
+             for scaled in (False, True)}
     assert 0.8 < grown[True][0] < 1.25 and grown[False][0] < 0.8  # tokens read in
     assert 0.6 < grown[True][1] < 1.7 and grown[False][1] > 2.5  # output
