@@ -42,8 +42,8 @@ def test_a_config_that_cannot_be_is_refused_by_field(changes, words):
 
 
 def test_only_what_has_more_inputs_learns_slower_and_output_counts_do_not_matter():
-    narrow = {"patch_in/kernel": (64, 8), "blocks/qkv/kernel": (2, 8, 24), "blocks/qkv/bias": (2, 24),
-              "patch_out/kernel": (8, 64), "label_table": (10, 8)}
+    narrow = {"patch_in/kernel": (64, 8), "blocks/qkv/kernel": (2, 8, 24),
+              "blocks/qkv/bias": (2, 24), "patch_out/kernel": (8, 64), "label_table": (10, 8)}
     wide = {"patch_in/kernel": (64, 32), "blocks/qkv/kernel": (2, 32, 96),
             "blocks/qkv/bias": (2, 96), "patch_out/kernel": (32, 64), "label_table": (10, 32)}
     ratios = mup.fan_in_ratios(wide, narrow)
