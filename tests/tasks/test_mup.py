@@ -12,7 +12,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.models.transformer import Transformer
 from sora_jax.tasks import diffusion, mup
 
-WIDTHS, BASE = (32, 64, 128), 32
+WIDTHS, BASE = (32, 128), 32
 
 
 def make_config(width, mup_base_width):
