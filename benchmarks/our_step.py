@@ -16,7 +16,7 @@ import numpy as np
 import worker
 from cases import Case, make_batch, make_case
 
-from sora_jax import optim, sharding
+from sora_jax import lora, optim, sharding
 from sora_jax.core.rng import stream
 from sora_jax.core.tree import named_leaves
 from sora_jax.diffusion import process
@@ -95,7 +95,7 @@ def main():
         return
     scan = {"unroll": 1} if options.mode == "scan" or options.device != "cpu" else {}
     task = make_task(case, network(case, **scan))
-    run = types.SimpleNamespace(seed=0, optim=optim.OptimConfig(
+    run = types.SimpleNamespace(seed=0, lora=lora.LoRAConfig(), optim=optim.OptimConfig(
         learning_rate=1e-4, warmup_steps=1, decay="constant", ema_decay=0.999, weight_decay=0.01))
     mesh = sharding.make_mesh(sharding.MeshConfig())
     tx = optim.make_optimizer(run.optim, 10**6)

@@ -162,6 +162,17 @@ def get_config(arg: str = "") -> ConfigDict:
         "patch": "",
     })
 
+    # Low-rank adapters beside the frozen weights of init.weights (docs/finetuning.md).
+    config.lora = ConfigDict({
+        "rank": 0,  # 0 = none: the weights themselves are trained
+        "alpha": 16.0,  # the change of a matrix is alpha / rank times the adapters' product
+        "targets": (  # patterns of names of matrices: those of attention and of MLPs
+            r"^blocks/.*(qkv|cross_q|cross_kv|image_kv)/kernel$",
+            r"^blocks/(text_|time_|cross_|)out/kernel$",
+            r"^blocks/.*mlp_(in|out)/kernel$",
+        ),
+    })
+
     # Shares of the clips that are given more than their text in training; the rest is text only
     # (sora_jax/data/conditioning.py, docs/editing.md).
     config.conditioning = ConfigDict({
@@ -241,7 +252,7 @@ def get_config(arg: str = "") -> ConfigDict:
     })
 
     config.optim = ConfigDict({
-        "optimizer": "muon",  # adamw | muon
+        "optimizer": "muon",  # adamw | muon | adafactor | schedule_free
         "learning_rate": 2.5e-3,
         "muon_scale": 2.4,  # Muon's rate over that of AdamW's part
         "warmup_steps": 50,
@@ -257,6 +268,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "accumulate_steps": 1,  # parts of the rows whose gradients are added
         "train_first": "",  # a pattern of names that alone train in the first steps
         "train_first_steps": 0,
+        "state_dtype": "float32",  # of first moments; or bfloat16
+        # ({"pattern": "^text/", "learning_rate_scale": 0.1, "weight_decay_scale": 0.0}, {"pattern":
+        # "mlp", "freeze": True}, ...): the first pattern that finds a parameter's name decides
+        "groups": (),
+        "mup_base_width": 0,  # model.width that rates were tuned at (muP); 0 = not scaled
     })
 
     config.mesh = ConfigDict({

@@ -5,7 +5,8 @@ Command:  python -m sora_jax.train --config=configs/finetune_wan.py --config.dat
 Before:   the published folder in diffusers' layout (transformer, vae, text_encoder, tokenizer), and
           pip install -e '.[text]' for its tokenizer
 After:    python -m sora_jax.weights export runs/finetune_wan FOLDER
-Needs:    about 23 GB of state, so one device of 80 GB, or several with mesh.fsdp;
+Or:       --config.lora.rank=16 --config.optim.learning_rate=1e-4 for adapters (docs/finetuning.md)
+Needs:    about 23 GB of state (6 with adapters), so one device of 80 GB, or several with mesh.fsdp;
           --mode=plan --config.mesh.chip=H100 tells, and needs of the weights only the VAE
 Result:   tested end to end on a tiny network of this layout; not yet run at this size
 """

@@ -12,10 +12,9 @@ import pathlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from sora_jax import processes
+from sora_jax import frozen, processes
 from sora_jax import workdir as workdir_files
 from sora_jax.checkpoint_step import (
     DamagedCheckpoint,
@@ -135,7 +134,7 @@ class Checkpointer:
 
         1. the newest whole checkpoint of this workdir;
         2. the newest whole checkpoint of config.resume_from;
-        3. create(), with the averaged weights of config.init_from as its weights;
+        3. create(weights), with the averaged weights of config.init_from;
         4. create().
         """
         state = self.restore_or_none(abstract_state, shardings)
@@ -144,13 +143,14 @@ class Checkpointer:
         if not self._config.init_from:
             return create()
         source = _existing(self._config.init_from, "init_from")
-        step, params = _newest(
-            source, _agreed_steps(source, shardings.params), None, self._report,
-            lambda step: read_params(
-                source, step, "ema_params", abstract_state.params, shardings.params),
+        like, places = (frozen.like_whole(tree.frozen, tree.params)
+                        for tree in (abstract_state, shardings))
+        step, weights = _newest(
+            source, _agreed_steps(source, places), None, self._report,
+            lambda step: read_params(source, step, "ema_params", like, places),
         )
         self._report(f"starting with the weights of {self._config.init_from} at step {step}")
-        return create().replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+        return create(weights)
 
     def restore_or_none(self, abstract_state, shardings):
         """The newest whole state of this workdir, else of config.resume_from, else None.
@@ -178,7 +178,8 @@ class Checkpointer:
 
     def restore_params(self, step="latest", which: str = "ema", abstract_params=None,
                        shardings=None):
-        """(step, weights) of a step or of the newest whole one, as nested dicts.
+        """(step, weights) of a step or of the newest whole one, as nested dicts: of the whole
+        network, with adapters merged.
 
         which: "ema" or "params". abstract_params, shardings: as for restore_or_none; left out, the
         weights have the saved shapes and lie on this process's first device.

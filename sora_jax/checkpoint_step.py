@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from sora_jax import processes
+from sora_jax import frozen, processes
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import named_leaves
 from sora_jax.fingerprint import fingerprints, opened, sealed
 
-# A train state is saved as these items, each a flat dict {path: array}; "other" holds the counters
-# and the optimizer's state.
-ITEMS = ("params", "ema_params", "other")
+# A train state is saved as these items, each a flat dict {path: array}; "frozen" is left out where
+# all is trained, "other" holds the counters and the optimizer's state.
+FROZEN = "frozen"
+ITEMS = ("params", "ema_params", FROZEN, "other")
 
 
 class DamagedCheckpoint(UserError):
@@ -34,7 +35,8 @@ def save_args(state) -> ocp.args.Composite:
     record = sealed(fingerprints({k: v for item in items.values() for k, v in item.items()}))
     return ocp.args.Composite(
         fingerprint=ocp.args.JsonSave(record),
-        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+        **{name: ocp.args.StandardSave(item) for name, item in items.items()
+           if item or name != FROZEN},
     )
 
 
@@ -60,23 +62,52 @@ def read_state(directory, step, abstract_state, shardings):
 
 
 def read_params(directory, step, item, abstract_params, shardings):
-    """The weights of a step as nested dicts; item is "params" or "ema_params".
+    """The weights of a step as nested dicts, of the whole network; item is "params" or
+    "ema_params".
 
     Without abstract_params they have the saved shapes, without shardings they lie on this process's
     first device. Raises as read_state does.
     """
+    def leaves():
+        return _fingerprints(directory, step)
+
+    joint = shardings is not None and is_joint(shardings)
+    saved = _agreed(leaves) if joint else leaves()
+    if any(_item_of(path) == FROZEN for path in saved):
+        weights = _read_whole(directory, step, item, saved, shardings)
+        if abstract_params is not None:
+            _check_layout(directory / str(step), {
+                path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+                for path, leaf in named_leaves(weights)}, dict(named_leaves(abstract_params)))
+        return weights
     if abstract_params is None:
-        wanted = _saved_leaves(directory, step, item)
-    else:
-        if shardings is None:
-            shardings = jax.tree.map(lambda _: _first_device(), abstract_params)
-        placed = jax.tree.map(_placed, abstract_params, shardings)
-        wanted = {f"{item}/{path}": leaf for path, leaf in named_leaves(placed)}
-    read = _read_items(directory, step, {item: wanted})
-    if abstract_params is not None:
-        return jax.tree.unflatten(jax.tree.structure(abstract_params), list(read.values()))
-    return traverse_util.unflatten_dict(
-        {tuple(path.split("/")[1:]): leaf for path, leaf in read.items()})
+        return _nested(_read_items(directory, step, {item: _as_saved(saved, item)}))
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: _first_device(), abstract_params)
+    placed = jax.tree.map(_placed, abstract_params, shardings)
+    read = _read_items(
+        directory, step, {item: {f"{item}/{path}": leaf for path, leaf in named_leaves(placed)}})
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), list(read.values()))
+
+
+def _read_whole(directory, step, item, saved, shardings):
+    """The weights of a step of which a part is frozen, merged; adapters lie whole on each device.
+
+    shardings: of the merged weights, or None.
+    """
+    places, elsewhere = {}, _first_device()
+    if shardings is not None:
+        places = dict(named_leaves(shardings))
+        elsewhere = next(iter(places.values()))
+        if isinstance(elsewhere, jax.sharding.NamedSharding):
+            elsewhere = jax.sharding.NamedSharding(elsewhere.mesh, jax.sharding.PartitionSpec())
+    items = {name: {
+        path: _placed(leaf, places.get(path.removeprefix(prefix), elsewhere))
+        for path, leaf in _as_saved(saved, name).items()
+    } for name, prefix in ((item, f"{item}/"), (FROZEN, f"{FROZEN}/{frozen.PARAMS}/"))}
+    read = _read_items(directory, step, items)
+    trained, held = (_nested({path: read[path] for path in part}) for part in items.values())
+    return jax.jit(frozen.whole, out_shardings=shardings)(held, trained)
 
 
 def is_joint(shardings) -> bool:
@@ -92,13 +123,17 @@ def _placed(leaf, sharding):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _saved_leaves(directory, step, item):
-    return {
-        path: jax.ShapeDtypeStruct(
-            tuple(saved["shape"]), jnp.dtype(saved["dtype"]), sharding=_first_device())
-        for path, saved in _fingerprints(directory, step).items()
-        if path.startswith(f"{item}/")
-    }
+def _as_saved(saved, item):
+    """Abstract leaves of an item by path, on this process's first device."""
+    return {path: jax.ShapeDtypeStruct(
+        tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]), sharding=_first_device())
+        for path, leaf in saved.items() if _item_of(path) == item}
+
+
+def _nested(leaves):
+    """Nested dicts of the leaves of one item by path."""
+    return traverse_util.unflatten_dict(
+        {tuple(path.split("/")[1:]): leaf for path, leaf in leaves.items()})
 
 
 def _open_step(directory, step, names):
@@ -141,8 +176,9 @@ def _read_items(directory, step, items) -> dict[str, jax.Array]:
         saved = {path: leaf for path, leaf in saved.items() if _item_of(path) in items}
         _check_layout(directory / str(step), saved, wanted)
         restored = _open_step(
-            directory, step, {name: ocp.args.StandardRestore(item) for name, item in items.items()})
-        return saved, {path: leaf for name in items for path, leaf in restored[name].items()}
+            directory, step,
+            {name: ocp.args.StandardRestore(item) for name, item in items.items() if item})
+        return saved, {path: leaf for item in restored.values() for path, leaf in item.items()}
 
     saved, leaves = _agreed(read) if joint else read()
     found = fingerprints(leaves)  # sums over the devices of all processes

@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from sora_jax import optim, sharding
+from sora_jax import frozen, optim, sharding
 from sora_jax.core import axes, chips, flops
 from sora_jax.core.tree import named_leaves, num_bytes
 from sora_jax.run_config import RunConfig
@@ -27,6 +27,12 @@ def show(config: RunConfig) -> dict[str, float]:
     split = sharding.batch_shardings(batch, mesh)
     tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)
     _, abstract, shardings = state_functions(config, task, tx, mesh)
+    if abstract.frozen:
+        held = frozen.PARAMS
+        print("frozen:")
+        print(sharding.describe(abstract.frozen[held], shardings.frozen[held]))
+        print()
+        print("trained:")
     print(sharding.describe(abstract.params, shardings.params))
     print()
     print(sharding.describe(batch, split))
@@ -37,7 +43,11 @@ def show(config: RunConfig) -> dict[str, float]:
     memory = compiled.memory_analysis()
     step_flops, num_loops = flops.count(step, abstract, rows)
     summary = {
-        "parameters": sum(math.prod(leaf.shape) for _, leaf in named_leaves(abstract.params)),
+        "parameters": sum(
+            math.prod(leaf.shape) for tree in (abstract.params, abstract.frozen.get("params", {}))
+            for _, leaf in named_leaves(tree)),
+        "trained_parameters": sum(
+            math.prod(leaf.shape) for _, leaf in named_leaves(abstract.params)),
         "devices": mesh.size,
         "state_bytes": sum(num_bytes(leaf) for _, leaf in named_leaves(abstract)),
         "state_bytes_per_device": sum(
@@ -49,7 +59,8 @@ def show(config: RunConfig) -> dict[str, float]:
         "bytes_per_device": device_bytes(memory),
         "flops_per_device_and_step": step_flops / mesh.size,
         "loops_counted_once": num_loops,
-        "exchanged_bytes_per_device": exchanged_bytes(abstract.params, shardings.params, mesh),
+        "exchanged_bytes_per_device": exchanged_bytes(abstract.params, shardings.params, mesh)
+        + exchanged_bytes(abstract.frozen, shardings.frozen, mesh, trained=False),
         "rows": next(iter(batch.values())).shape[0],
     }
     print()
@@ -71,13 +82,13 @@ def device_bytes(memory) -> int:
         memory, "alias_size_in_bytes", 0)
 
 
-def exchanged_bytes(params, shardings, mesh) -> float:
+def exchanged_bytes(params, shardings, mesh, trained: bool = True) -> float:
     """Bytes that a device sends in a step for parameters and gradients: the least that ring
     algorithms need, (n - 1) / n of an array for a gather or a scatter among n.
 
     A split parameter is gathered for the forward and the backward pass and its gradient scattered;
     then gradients are summed (scatter and gather) where devices hold the same part. Over tensor no
-    parameter is gathered and no gradient summed.
+    parameter is gathered and no gradient summed. Frozen ones have no gradients.
     """
     total = 0.0
     for (_, leaf), at in zip(named_leaves(params), jax.tree.leaves(shardings), strict=True):
@@ -85,7 +96,8 @@ def exchanged_bytes(params, shardings, mesh) -> float:
         tensor = mesh.shape[axes.TENSOR] if axes.TENSOR in jax.tree.leaves(tuple(at.spec)) else 1
         size, parts = num_bytes(leaf) / tensor, parts // tensor
         copies = mesh.size // mesh.shape[axes.TENSOR] // parts
-        total += 3 * size * (parts - 1) / parts + 2 * size / parts * (copies - 1) / copies
+        total += (3 if trained else 2) * size * (parts - 1) / parts
+        total += trained * 2 * size / parts * (copies - 1) / copies
     return total
 
 

@@ -18,6 +18,7 @@ from sora_jax.data.pixel_batches import PixelConfig
 from sora_jax.data.text_cache import DTYPES as TEXT_DTYPES
 from sora_jax.data.video_folder.options import FolderOptions
 from sora_jax.diffusion.consistency import DistillConfig, check_student
+from sora_jax.lora import LoRAConfig
 from sora_jax.models.distortion_net import DistortionNetConfig
 from sora_jax.models.model_config import ModelConfig
 from sora_jax.models.patch_embedding import INFLATIONS
@@ -177,6 +178,7 @@ class RunConfig:
     conditioning: ConditioningConfig = ConditioningConfig()
     vae_train: str = "all"  # or "decoder": what makes latents is frozen
     distill: DistillConfig = DistillConfig()
+    lora: LoRAConfig = LoRAConfig()
 
     def network(self, channels: int) -> TransformerConfig:
         """The network for latents of so many channels."""
@@ -230,7 +232,39 @@ def resolve(mapping) -> RunConfig:
                         "frames times of their own and a jump has one; set it to 0")
     if config.task == "distill":
         check_student(config.distill, config.sampling)
+    if config.optim.mup_base_width:
+        _check_mup(config)
+    if config.lora.rank:
+        _check_lora(config)
     return config
+
+
+def _check_mup(config: RunConfig) -> None:
+    """Raises UserError where no narrow network belongs to the wide one."""
+    base, model = config.optim.mup_base_width, config.model
+    shown = f"optim.mup_base_width = {base}"
+    if config.task not in SAMPLED_TASKS or config.lora.rank:
+        raise UserError(f"{shown} is of the transformer's own weights; set it to 0 with task = "
+                        f"{config.task!r} and lora.rank = {config.lora.rank}")
+    for name in ("num_heads", "mlp_width", "time_width"):
+        if getattr(model, name) * base % model.width:
+            raise UserError(f"{shown} and model.width = {model.width}: model.{name} = "
+                            f"{getattr(model, name)} times their ratio is no whole number; heads "
+                            "keep their width, so base and width must be multiples of it")
+
+
+def _check_lora(config: RunConfig) -> None:
+    """Raises UserError where adapters have nothing to adapt."""
+    shown = f"lora.rank = {config.lora.rank}"
+    if config.task not in SAMPLED_TASKS:
+        raise UserError(f"{shown} and task = {config.task!r}: adapters are of the transformer; set "
+                        f"it to 0, or task to {' or '.join(SAMPLED_TASKS)}")
+    if not (config.init.weights or config.checkpoint.init_from or config.checkpoint.resume_from):
+        raise UserError(f"{shown} adapts weights and there are none to begin with; name them: "
+                        "--config.init.weights=runs/base")
+    if any(group.freeze for group in config.optim.groups):
+        raise UserError(f"{shown} freezes all but the adapters, and optim.groups freeze "
+                        "parameters, too; leave that out and narrow lora.targets")
 
 
 def _check_text(config: RunConfig) -> None:

@@ -119,13 +119,19 @@ def param_shardings(boxed_params, mesh: Mesh, rules=None):
     return map_with_name(one, boxed_params, is_leaf=_is_boxed)
 
 
-def state_shardings(abstract_state, shardings_of_params, mesh: Mesh):
+def state_shardings(abstract_state, shardings_of_params, mesh: Mesh, shardings_of_whole=None):
     """A NamedSharding per leaf of a train state: what is named and shaped like a parameter (itself,
     its average, its moments, also where an optimizer has only some of them) is placed like it, the
     rest replicated.
+
+    shardings_of_whole: of all parameters of the network, where some are frozen.
     """
     like = {path: (leaf.shape, at) for (path, leaf), at in zip(
         named_leaves(abstract_state.params), jax.tree.leaves(shardings_of_params), strict=True)}
+    if abstract_state.frozen:
+        places = dict(named_leaves(shardings_of_whole))
+        like |= {path: (leaf.shape, places[path])
+                 for path, leaf in named_leaves(abstract_state.frozen["params"])}
 
     def one(path, leaf):
         parts = path.split("/")

@@ -27,6 +27,7 @@ from sora_jax import (
     sharding,
     shared_work,
     stopping,
+    train_state,
 )
 from sora_jax.evaluation import evaluators
 from sora_jax.tasks import encode_mode, registry, shared_cache
@@ -118,7 +119,7 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
 def beside_training(name: str, state, mesh):
     """The averaged weights, whole, for work that one process does; None on the other processes,
     which wait at the end of the block until the first has done it."""
-    params = sharding.whole(state.ema_params, mesh)
+    params = sharding.whole(train_state.averaged_weights(state), mesh)
     yield None if jax.process_index() else params
     processes.wait_for_all(f"{name} {int(state.step)}")
 

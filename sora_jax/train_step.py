@@ -6,31 +6,77 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
-from sora_jax import run_config, sharding, train_state
+from sora_jax import frozen, lora, run_config, sharding, train_state
 from sora_jax.core.errors import UserError
 from sora_jax.core.rng import stream
 from sora_jax.core.tree import named_leaves
+from sora_jax.parameter_groups import check_matches, is_frozen
 from sora_jax.tasks.task import Task
 
 TINY = 1e-30  # below any sum of weights
 
 
 def state_functions(config, task: Task, tx, mesh):
-    """(create, abstract state, shardings): create() makes the sharded state of step 0."""
+    """(create, abstract state, shardings): create() makes the sharded state of step 0, and
+    create(weights) that which begins with these, whose buffers it takes.
+
+    Raises UserError where a pattern of lora.targets or optim.groups matches nothing.
+    """
     def init(key):
         with use_abstract_mesh(mesh.abstract_mesh):  # as the step does
             return task.init(key)
 
     boxed = jax.eval_shape(init, jax.random.key(0))
-    param_shardings = sharding.param_shardings(boxed, mesh)
+    parted = parter(config, boxed)
 
-    def create():
-        params = sharding.unbox(init(stream(config.seed, "init")))
-        return train_state.create(params, tx, task.from_teacher)
+    def begun_with(weights):
+        boxed_params, held = parted(weights)
+        return train_state.create(sharding.unbox(boxed_params), tx, task.from_teacher, held)
 
-    abstract = jax.eval_shape(create)
-    shardings = sharding.state_shardings(abstract, param_shardings, mesh)
-    return jax.jit(create, out_shardings=shardings), abstract, shardings
+    def random():
+        return begun_with(sharding.unbox(init(stream(config.seed, "init"))))
+
+    abstract = jax.eval_shape(random)
+    shardings = sharding.state_shardings(
+        abstract, sharding.param_shardings(jax.eval_shape(lambda: parted(boxed)[0]), mesh), mesh,
+        sharding.param_shardings(boxed, mesh))
+    make_random = jax.jit(random, out_shardings=shardings)
+    make_begun = jax.jit(begun_with, out_shardings=shardings, donate_argnums=0)
+
+    def create(weights=None):
+        return make_random() if weights is None else make_begun(weights)
+
+    return create, abstract, shardings
+
+
+def parter(config, boxed):
+    """A function (weights) -> (what is trained of them, in boxes where they are in boxes, and what
+    is frozen, see frozen.py), for networks with parameters like `boxed`."""
+    groups = config.optim.groups
+    if config.lora.rank:
+        def with_adapters(weights):
+            pairs = lora.adapters(config.lora, boxed, stream(config.seed, "lora"))
+            return pairs, {frozen.PARAMS: weights, frozen.SCALE: jnp.float32(config.lora.scale)}
+
+        trained = jax.eval_shape(lambda: with_adapters({})[0])
+        check_matches("optim.groups", [group.pattern for group in groups], names_of(trained))
+        return with_adapters
+    check_matches("optim.groups", [group.pattern for group in groups], names_of(boxed))
+    if not any(group.freeze for group in groups):
+        return lambda weights: (weights, {})
+
+    def split(weights):
+        trained, held = frozen.split(weights, lambda name: is_frozen(groups, name))
+        return trained, {frozen.PARAMS: held} if held else {}
+
+    if not split(boxed)[0]:
+        raise UserError("optim.groups freeze every parameter; nothing is left to train")
+    return split
+
+
+def names_of(boxed) -> list[str]:
+    """The names of parameters."""
+    return [name for name, _ in named_leaves(sharding.unbox(boxed))]
 
 
 def with_initial(task: Task, create, shardings):
@@ -38,12 +84,10 @@ def with_initial(task: Task, create, shardings):
     parts that its devices hold."""
     if task.initial is None:
         return create
+    places = frozen.like_whole(shardings.frozen, shardings.params)
 
-    def start():
-        params = sharding.placed(task.initial(), shardings.params)
-        copies = ("ema_params", *(("initial_params",) if task.from_teacher else ()))
-        return create().replace(
-            params=params, **{name: jax.tree.map(jnp.copy, params) for name in copies})
+    def start(weights=None):
+        return create(sharding.placed(task.initial(), places) if weights is None else weights)
 
     return start
 
@@ -59,10 +103,13 @@ def make_step(config, task: Task, tx, mesh, shardings):
     def step(state, batch):
         batch = jax.lax.with_sharding_constraint(batch, sharding.batch_shardings(batch, mesh))
         key = stream(config.seed, "train", state.step)
-        loss_fn = task.loss
+        whole, teachers = functools.partial(frozen.whole, state.frozen), {}
         if task.from_teacher:
-            loss_fn = functools.partial(
-                loss_fn, average=state.ema_params, teacher=state.initial_params)
+            teachers = {"average": whole(state.ema_params), "teacher": whole(state.initial_params)}
+
+        def loss_fn(params, batch, key):
+            return task.loss(whole(params), batch, key, **teachers)
+
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         if num_parts > 1:
             gradient = functools.partial(

@@ -276,7 +276,10 @@ def test_other_shapes_dtypes_and_names_are_refused_by_name(three_steps):
 def begin(directory, **config):
     state = make_state(50)
     with Checkpointer(directory, CheckpointConfig(**config), report=lambda line: None) as c:
-        return c.restore_or_create(abstract(state), placed(state), lambda: state)
+        def create(weights=None):
+            return state if weights is None else state.replace(params=weights, ema_params=weights)
+
+        return c.restore_or_create(abstract(state), placed(state), create)
 
 
 def test_order_of_beginnings(three_steps, tmp_path):

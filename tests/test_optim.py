@@ -5,10 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from optax import contrib
 
 from sora_jax import train_state
 from sora_jax.core.errors import UserError
+from sora_jax.core.tree import named_leaves
 from sora_jax.optim import (
     DECAYS,
     OptimConfig,
@@ -162,3 +165,72 @@ def test_named_parameters_train_first_and_then_all():
         make_optimizer(dataclasses.replace(config, train_first="nowhere"), 10).init(params)
     with pytest.raises(UserError, match="give both or neither"):
         dataclasses.replace(config, train_first_steps=0)
+
+
+RNG = np.random.default_rng(3)
+MATRIX = {"dense": {"kernel": jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32)}}
+GRADS = [jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape), jnp.float32), MATRIX)
+         for _ in range(4)]
+
+
+def test_schedule_free_is_optax_own_and_evaluates_the_mean_of_its_fast_iterates():
+    """At a constant rate x_t is the mean of z_1 to z_t: arXiv 2405.15682, equation 5."""
+    config = OptimConfig(optimizer="schedule_free", learning_rate=0.1, warmup_steps=0, b1=0.9,
+                         b2=0.99, decay="constant", ema_decay=0.0, weight_decay=0.1, clip_norm=0.0)
+    tx = make_optimizer(config, 10)
+    theirs = contrib.schedule_free_adamw(0.1, b1=0.9, b2=0.99, weight_decay=0.1)
+    state, params, slots = train_state.create(MATRIX, tx), MATRIX, theirs.init(MATRIX)
+    fast = []
+    for grads in GRADS:
+        state, _ = train_state.apply_gradients(state, grads, tx, config.ema_decay)
+        updates, slots = theirs.update(grads, slots, params)
+        params = optax.apply_updates(params, updates)
+        fast.append(np.asarray(slots.z["dense"]["kernel"]))
+        np.testing.assert_allclose(
+            state.params["dense"]["kernel"], params["dense"]["kernel"], rtol=1e-6)
+        np.testing.assert_allclose(
+            state.ema_params["dense"]["kernel"], np.mean(fast, 0), atol=1e-5)
+    assert np.abs(state.ema_params["dense"]["kernel"] - params["dense"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("field, value", [
+    ("decay", "cosine"), ("ema_decay", 0.9), ("b1", 0.0), ("train_first", "dense")])
+def test_schedule_free_refuses_a_second_average(field, value):
+    config = {"optimizer": "schedule_free", "decay": "constant", "ema_decay": 0.0,
+              "train_first_steps": int(field == "train_first"), field: value}
+    with pytest.raises(UserError, match=f"optim.{field} = {value!r}"):
+        OptimConfig(**config)
+
+
+def test_adafactor_keeps_rows_and_columns_and_moves_by_the_rate():
+    """Where squared gradients are a product of rows and columns the factors lose nothing, and the
+    first update is the rate in every entry: arXiv 1804.04235, section 3."""
+    rows, columns = np.geomspace(1, 100, 256), np.geomspace(1, 1000, 128)
+    sign = np.where(RNG.random((2, 256, 128)) < 0.5, -1, 1)
+    params = {"kernel": jnp.zeros((2, 256, 128))}
+    grads = {"kernel": jnp.asarray(sign * rows[:, None] * columns, jnp.float32)}
+    config = OptimConfig(optimizer="adafactor", learning_rate=0.1, warmup_steps=0, clip_norm=0.0,
+                         decay="constant")
+    tx = make_optimizer(config, 10)
+    state = tx.init(params)
+    assert sum(x.size for x in jax.tree.leaves(state)) < 2 * (256 + 128) + 10
+    updates, _ = tx.update(grads, state, params)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * sign, rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_first_moments_are_kept_in_the_dtype_asked_for_and_nothing_else(optimizer):
+    config = OptimConfig(
+        optimizer=optimizer, state_dtype="bfloat16", warmup_steps=0, learning_rate=0.1)
+    tx = make_optimizer(config, 10)
+    state = train_state.create(PARAMS, tx)
+    for _ in range(2):
+        state, _ = train_state.apply_gradients(state, jax.tree.map(jnp.ones_like, PARAMS), tx, 0.9)
+    dtypes = {}
+    for name, leaf in named_leaves(state):
+        if leaf.ndim:
+            kind = "mu" if "/mu/" in name else "other"
+            dtypes.setdefault(kind, set()).add(str(leaf.dtype))
+    assert dtypes == {"mu": {"bfloat16"}, "other": {"float32"}}
+    with pytest.raises(UserError, match="of first moments, which adafactor has not"):
+        OptimConfig(optimizer="adafactor", state_dtype="bfloat16")

@@ -17,7 +17,7 @@ from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import RunConfig
 from sora_jax.run_sections import DiffusionConfig
-from sora_jax.tasks import learned_variance
+from sora_jax.tasks import learned_variance, mup
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.datasets import prepare_together
 from sora_jax.tasks.initial_weights import initial
@@ -51,7 +51,7 @@ def build(config: RunConfig, workdir: str) -> Task:
         conditions=config.conditioning, resolution_weights=config.data.resolution_weights,
     )
     sampler = make_sampler(config, model, vae, embed=embedder(config, held_out_text))
-    return Task(
+    task = Task(
         name="diffusion",
         init=functools.partial(init, config, model),
         loss=functools.partial(loss, config, model, data_std(config.diffusion, vae)),
@@ -61,6 +61,7 @@ def build(config: RunConfig, workdir: str) -> Task:
         sample=functools.partial(write_samples, config, sampler, held_out),
         initial=begin_with,
     )
+    return mup.parametrized(config, task, init_at_width(config, vae))
 
 
 def outline(config: RunConfig) -> tuple[Task, dict]:
@@ -74,6 +75,7 @@ def outline(config: RunConfig) -> tuple[Task, dict]:
         draw=functools.partial(draw, config),
         weight=num_learned,
     )
+    task = mup.parametrized(config, task, init_at_width(config, vae))
     return task, example_batch(config, model)
 
 
@@ -103,6 +105,15 @@ def init(config: RunConfig, model: Transformer, key):
     batch = example_batch(config, model)
     time_BS = np.zeros(batch["clip_BSF"].shape[:2], np.float32)
     return model.init(key, batch, time_BS)["params"]
+
+
+def init_at_width(config: RunConfig, vae: FrozenVAE):
+    """A function (width) -> `init` of the network of this width with heads of the same width."""
+    def of(width):
+        at_width = dataclasses.replace(config, model=mup.narrowed(config.model, width))
+        return functools.partial(init, at_width, make_model(at_width, vae))
+
+    return of
 
 
 def example_batch(config: RunConfig, model: Transformer) -> dict:

@@ -67,8 +67,12 @@ def make_config(wan, clips, **changes):
 
 @pytest.fixture(scope="module")
 def run(wan, clips, tmp_path_factory):
-    """(config, workdir) of a finished run on one device, which is saved ten times as fast."""
-    config, workdir = make_config(wan, clips), tmp_path_factory.mktemp("run")
+    """(config, workdir) of a finished run."""
+    return trained(make_config(wan, clips), tmp_path_factory.mktemp("run"))
+
+
+def trained(config, workdir):
+    """(config, workdir) after training on one device, which is saved ten times as fast."""
     run_config.claim_workdir(config, str(workdir))
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
@@ -187,6 +191,31 @@ def test_a_text_cache_of_another_encoder_is_refused_by_name(run, tmp_path, wan):
         config, text_encoder=dataclasses.replace(config.text_encoder, width=32))
     with pytest.raises(UserError, match="text_encoder.width = 32 .* embeddings of width 24"):
         text_embeddings.open_text(narrow, workdir, cache, "train")
+
+
+def test_adapters_go_merged_into_the_published_files(run, wan, clips, tmp_path):
+    """Matrices of attention and MLPs have changed by what the adapters say, all else is the
+    published bits."""
+    _, prepared = run
+    config, workdir = trained(make_config(
+        wan, clips, lora__rank=2, data__data_dir=str(prepared / "data"),
+        latents__directory=str(prepared / "latents")), tmp_path / "run")
+    logs = [[json.loads(line)["loss"] for line in (at / "metrics.jsonl").read_text().splitlines()]
+            for at in (prepared, workdir)]
+    np.testing.assert_allclose(logs[1][0], logs[0][0], rtol=1e-4)  # step 0 is the base
+    assert logs[1][-1] != logs[0][-1]
+    export_trained(workdir, tmp_path / "out")
+    ours, theirs = (published.as_native(at)[2] for at in (tmp_path / "out", wan / "transformer"))
+    changed = {name for name in theirs if (ours[name] != theirs[name]).any()}
+    assert changed == {f"blocks.{name}.kernel" for name in (
+        "qkv", "out", "cross_q", "cross_kv", "cross_out", "mlp_in", "mlp_out")}
+    with checkpoint.Checkpointer(workdir, config.checkpoint, read_only=True) as checkpoints:
+        _, params = checkpoints.restore_params()
+    for name, leaf in flatten(params).items():
+        np.testing.assert_array_equal(ours[name], np.asarray(leaf), name)
+    for layer in np.asarray(params["blocks"]["mlp_in"]["kernel"]) - theirs["blocks.mlp_in.kernel"]:
+        values = np.linalg.svd(layer)[1]
+        assert values[2] < 1e-3 * values[1]  # of rank 2
 
 
 def network(config):
