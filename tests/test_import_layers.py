@@ -34,6 +34,7 @@ LAYERS = {
     "train_step": 4,
     "runtime": 5,
     "plan": 5,
+    "plan_flops": 5,
     "eval_job": 5,
     "train": 5,
     "sample": 5,
