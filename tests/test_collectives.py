@@ -107,9 +107,10 @@ def planned(row_tokens, **model):
     largest clip has 48 tokens."""
     config = base.get_config("runlocal")
     config.data.update({"max_frames": 9, "max_pixels": 64 * 64})
-    config.packing.row_tokens = row_tokens
+    config.packing.update({"row_tokens": row_tokens, "max_clips": row_tokens // 48})
     config.model.update({"width": 128, "local_width": 0, "text_attention": "none",
-                         "text_summary": False, "size_facts": False, **model})
+                         "text_summary": False, "size_facts": False, "rope": False,
+                         "position": "none", **model})
     config.optim.optimizer = "adamw"
     config = run_config.resolve(config)
     network, compression = config.network(8), Compression(4, 8)
@@ -121,14 +122,13 @@ def planned(row_tokens, **model):
 
 def test_a_step_executes_what_the_model_needs_and_what_is_computed_again():
     executed, needed = planned(48)
-    assert executed == pytest.approx(needed, rel=0.03)
+    assert executed == pytest.approx(needed, rel=0.02)
     again, same = planned(48, remat="full")
     assert same == needed and again == pytest.approx(4 / 3 * needed, rel=0.05)
 
 
 def test_pairs_of_different_clips_are_no_work_in_a_plan():
     alone, packed = planned(48), planned(48 * 8)
-    # Eight times the tokens in rows of eight clips: eight times the work, with attention. The
-    # condition is computed for 16 clips a row in both.
+    # Eight times the tokens in rows of eight clips: eight times the work, with attention.
     assert packed[1] == pytest.approx(8 * alone[1])
-    assert packed[0] == pytest.approx(8 * alone[0], rel=0.03)
+    assert packed[0] == pytest.approx(8 * alone[0], rel=0.05)
