@@ -6,7 +6,7 @@ Commands: python -m sora_jax.train --config=configs/pod_v5p_256.py:images --conf
           python -m sora_jax.train --config=configs/pod_v5p_256.py:high --config.data.folder=DIR
           each on all hosts (docs/launch.md); a stage begins with the weights of the one before
 Before:   the VAE and text encoder of Wan 2.1, published, in one folder (configs/finetune_wan.py)
-Time:     docs/scale.md plans it: at 40 % of the chips' peak about 22 days, of which 11 for :high
+Time:     docs/scale.md plans it: at 40 % of the chips' peak 14 days, of which 7 for :high
 Result:   planned; as trials (:images_runlocal, :low_runlocal, :high_runlocal) it runs on a laptop.
           The numbers below are reasoned, not measured: no stage was yet run at this size
 """
@@ -55,7 +55,7 @@ def get_config(arg: str = ""):
 
 def network(config) -> None:
     """32 layers of width 3072: between Wan's 1.3B and 14B, so that 10 seconds of 720p, where
-    attention is 5 times the work of all matrices, are affordable at all."""
+    attention is 6 times the work of all matrices, are affordable at all."""
     config.model.update({
         "patch": (1, 2, 2), "width": 3072, "num_layers": 32,
         # Heads of 128 fill the 128 lanes of the matrix unit; 24 divide over sequence = 8.
@@ -69,7 +69,7 @@ def network(config) -> None:
         "text_proj": "mlp", "text_summary": False, "cross_norm_affine": True,
         "size_facts": True,  # sizes, lengths and rates are mixed: the network is told them
         "local_width": 0,  # convolution-like paths gather neighbours over devices
-        # Only what enters a block is kept: 3.6 GB a device at 18,560 tokens, all of it 60 GB.
+        # Only what enters a block is kept: 3.6 GB a device at 18,560 tokens.
         "remat": "full", "unroll": 1, "compute_dtype": "bfloat16", "product_dtype": "bfloat16",
     })
     config.diffusion.update({
@@ -117,7 +117,7 @@ def low(config) -> None:
         "max_frames": 81, "max_windows": 8, "max_pixels": 256 * 448, "stills_per_video": 1,
     })
     config.latents.batch_pixels = 8 * 81 * 256 * 448
-    # Two of the longest clips in a row and 128 tokens for a still; blocks of 512 divide it.
+    # Two of the longest clips in a row, rounded up to whole blocks of 512.
     config.packing.update({
         "rows": 256, "row_tokens": 18_944, "row_text": 4096, "max_clips": 32,
         "image_token_share": 0.1,  # pictures keep what the first stage learned
@@ -134,12 +134,12 @@ def high(config) -> None:
     config.optim.learning_rate = 5e-5  # most is learned; half the rate forgets less of it
     config.data.update({
         "max_frames": 161, "max_windows": 8, "max_pixels": 720 * 1280, "stills_per_video": 1,
-        # Three rows of the first size cost about what one of the second does.
+        # Two clips of the first size, of 63,960 tokens, are a row; one of the second is.
         "resolutions": ((480 * 832, 0.7), (720 * 1280, 0.3)),
     })
     config.latents.batch_pixels = 161 * 720 * 1280
-    # The longest clip and 880 tokens for stills: 145 * 1024, so that the 18,560 tokens of a device
-    # are whole blocks of 128. 32 rows are 4.8M tokens a step.
+    # The longest clip, rounded up to 145 * 1024, so that the 18,560 tokens of a device are whole
+    # blocks of 128. 32 rows are 4.8M tokens a step.
     config.packing.update({
         "rows": 32, "row_tokens": 148_480, "row_text": 4096, "max_clips": 32,
         "image_token_share": 0.05,

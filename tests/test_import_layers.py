@@ -25,6 +25,7 @@ LAYERS = {
     "processes": 2,
     "peer_loss": 2,
     "metrics": 2,
+    "timing": 2,
     "clu_without_tensorflow": 2,
     "run_config": 2,
     "run_sections": 2,
