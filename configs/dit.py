@@ -44,7 +44,7 @@ def get_config(arg: str = ""):
     config.model.update({
         "num_layers": layers, "width": width, "num_heads": heads, "unroll": 1,
         # What a block computes is not kept: at 65,536 tokens a step it is the largest part.
-        "remat": "full" if size in ("l", "xl") else "none",
+        "remat": "none" if size == "s" else "full",
     })
     config.num_steps = 400_000
     config.log_every_steps = 100

@@ -100,17 +100,17 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
             trace.before(step, scalars)
             state, scalars = step_fn(state, sharding.put_batch(batch, mesh))
             clock.step(scalars["loss"])
+            times = functools.partial(timing_of, clock, batch)
             if step % config.log_every_steps == 0 or step == config.num_steps:
-                log(late.push(step, scalars), writer, progress,
-                    functools.partial(timing_of, clock, batch))
+                log(late.push(step, scalars), writer, progress, times)
             if stop.after(step):
-                log(late.flush(), writer, progress)
+                log(late.flush(), writer, progress, times)
                 checkpoints.save(step, state)
                 print(f"stopped by SIGTERM; saved step {step}, the same command resumes")
                 return stopping.EXIT_STOPPED
             if checkpoints.due(step) or step == config.num_steps:
                 with clock.lost("checkpoint"):
-                    log(late.flush(), writer, progress)
+                    log(late.flush(), writer, progress, times)
                     checkpoints.save(step, state)
             if sample_due(config, step):
                 with (clock.lost("sample"), progress.not_counted(),

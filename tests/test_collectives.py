@@ -85,6 +85,28 @@ def test_ulysses_exchanges_by_all_to_all_and_sends_no_activation_around_once_mor
     assert sent.get("collective-permute", (0, 0))[1] < tokens * NET.width * 4
 
 
+def test_where_parameters_are_split_no_activation_is_gathered():
+    """Tokens have times of their own here: their condition is made by weights that are split."""
+    batch, boxed, params = tiny()
+    mesh = mesh_of(1, 8, 1, 1)
+    split = sharding.batch_shardings(batch, mesh)
+
+    def total(params, batch):
+        time_BN = jnp.broadcast_to(batch["time_BS"][:, :1], batch["segment_BN"].shape)
+        with use_abstract_mesh(mesh.abstract_mesh):
+            return jnp.square(Transformer(NET).apply(
+                {"params": params}, batch, batch["time_BS"], time_BN)).sum()
+
+    text = jax.jit(jax.grad(total), in_shardings=(sharding.param_shardings(boxed, mesh), split)
+                   ).lower(params, batch).compile().as_text()
+    found = collectives(text)
+    largest = max(x.nbytes for x in jax.tree.leaves(params))
+    gathered = [one for one in found if one.kind in ("all-gather", "all-to-all")]
+    assert gathered and max(one.size for one in gathered) <= largest
+    bytes_of_params = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert sum(one.times * one.sent for one in gathered) <= 2 * 7 / 8 * bytes_of_params
+
+
 def test_operations_under_a_scope_are_told_apart_also_in_gradients_and_loops():
     def double(x_ND):
         with jax.named_scope("twice"):
