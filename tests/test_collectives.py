@@ -123,6 +123,12 @@ def test_operations_under_a_scope_are_told_apart_also_in_gradients_and_loops():
     assert within == 2 / 3 * total and total >= 6 * one
     assert flops.count_within("thrice", function, x_ND) == (3 * one, 0)
 
+    def around(x_ND):
+        with jax.named_scope("thrice"):
+            return function(x_ND)
+
+    assert flops.count_within("thrice", around, x_ND) == (3 * one, 3 * one)
+
 
 def planned(row_tokens, **model):
     """(operations of a step as executed, as the model needs them) of base without text, whose
@@ -135,7 +141,7 @@ def planned(row_tokens, **model):
                          "position": "none", **model})
     config.optim.optimizer = "adamw"
     config = run_config.resolve(config)
-    network, compression = config.network(8), Compression(4, 8)
+    network, compression = config.network(16), Compression(4, 8)  # the shipped VAE
     assert plan_flops.clip_shape(config, compression) == (3, 16)
     tx = optim.make_optimizer(config.optim, config.num_steps)
     return (plan_flops.of_step(config, network, mesh_of(8, 1, 1, 1), tx, compression),
