@@ -283,6 +283,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "num_devices": 0,  # that the run needs; 0 = all there are; --mode=plan makes fake ones
         "chip": "",  # --mode=plan: v5e v5p v6e tpu7x A100 H100 H200 B200
     })
+    # A trace for XProf in WORKDIR/profile.
+    config.profile = ConfigDict({
+        "start_step": 0,  # the first traced step; 0 = none
+        "num_steps": 3,
+    })
     config.checkpoint = ConfigDict({
         "every_steps": 250,
         "keep": 2,

@@ -105,13 +105,15 @@ class MetricWriter:
 
     def __init__(self, workdir, kind: str = "train", start_step: int | None = None):
         workdir = pathlib.Path(workdir)
-        self._lines = self._events = None
+        self._lines = self._events = self._speeds = None
         self._full_disk = functools.partial(reports_full_disk, workdir)
         if jax.process_index():
             return
         self._lines = JsonLines(
             workdir / {"train": "metrics.jsonl", "eval": "eval.jsonl"}[kind]
         )
+        if kind == "train":
+            self._speeds = JsonLines(workdir / "speeds.jsonl")
         with self._full_disk():
             events = SummaryWriter(str(workdir / "tensorboard" / kind))
         if start_step is not None:
@@ -121,12 +123,14 @@ class MetricWriter:
     def write(self, step: int, metrics: dict[str, float], events_only=None) -> None:
         """One line of JSON and one point per curve.
 
-        events_only: further scalars for TensorBoard, such as speeds: the lines hold only what a
-        repetition of the run gives again.
+        events_only: further scalars for TensorBoard and speeds.jsonl, such as speeds: the other
+        lines hold only what a repetition of the run gives again.
         """
         if self._lines is None:
             return
         self._lines.append({"step": int(step), **metrics})
+        if self._speeds is not None and events_only:
+            self._speeds.append({"step": int(step), **events_only})
         with self._full_disk():
             self._events.write_scalars(int(step), {**metrics, **(events_only or {})})
 
@@ -154,6 +158,8 @@ class MetricWriter:
             with self._full_disk():
                 self._events.close()
             self._lines.close()
+            if self._speeds is not None:
+                self._speeds.close()
 
 
 class Progress:

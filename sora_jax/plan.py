@@ -4,11 +4,14 @@ import math
 
 import jax
 
-from sora_jax import frozen, optim, sharding
-from sora_jax.core import axes, chips, flops
+from sora_jax import frozen, optim, plan_flops, sharding
+from sora_jax.core import axes, chips, collectives, flops
 from sora_jax.core.tree import named_leaves, num_bytes
-from sora_jax.run_config import RunConfig
-from sora_jax.tasks import registry
+from sora_jax.models import attention
+from sora_jax.models.attention_kernels.call import Call
+from sora_jax.models.attention_plans import attention_dtype
+from sora_jax.run_config import SAMPLED_TASKS, RunConfig
+from sora_jax.tasks import initial_vae, registry
 from sora_jax.train_step import check_packing, make_step, state_functions
 
 
@@ -41,7 +44,12 @@ def show(config: RunConfig) -> dict[str, float]:
             for name, leaf in batch.items()}
     compiled = step.lower(abstract, rows).compile()
     memory = compiled.memory_analysis()
+    found = collectives.collectives(compiled.as_text()) if mesh.size > 1 else []
     step_flops, num_loops = flops.count(step, abstract, rows)
+    vae = initial_vae.for_outline(config).config if config.task in SAMPLED_TASKS else None
+    if num_loops and vae:
+        step_flops, num_loops = plan_flops.of_step(
+            config, config.network(vae.z_dim), mesh, tx, vae.compression), 0
     summary = {
         "parameters": sum(
             math.prod(leaf.shape) for tree in (abstract.params, abstract.frozen.get("params", {}))
@@ -61,17 +69,56 @@ def show(config: RunConfig) -> dict[str, float]:
         "loops_counted_once": num_loops,
         "exchanged_bytes_per_device": exchanged_bytes(abstract.params, shardings.params, mesh)
         + exchanged_bytes(abstract.frozen, shardings.frozen, mesh, trained=False),
+        "compiled_sent_bytes_per_device": sum(one.times * one.sent for one in found),
         "rows": next(iter(batch.values())).shape[0],
     }
+    if vae and config.task == "diffusion":
+        summary["tokens_of_planned_clips"] = math.prod(
+            plan_flops.clip_shape(config, vae.compression))
+        summary["model_flops_per_step"] = plan_flops.of_clips(
+            config, config.network(vae.z_dim), vae.compression)
     print()
     for name, value in summary.items():
-        print(f"{name:28} {value:,.0f}")
-    if mesh.shape[axes.SEQUENCE] * mesh.shape[axes.TENSOR] > 1:
-        print("exchanged bytes are those of parameters and gradients; what attention and the MLP "
-              "exchange over sequence and tensor is not in them")
+        print(f"{name:30} {value:,.0f}")
+    print(sent_lines(found))
     if config.mesh.chip:
-        print(against(chips.chip(config.mesh.chip).per_device(), summary))
+        chip = chips.chip(config.mesh.chip)
+        if vae:
+            print(kernel_lines(chip, config, config.network(vae.z_dim), mesh))
+        print(against(chip.per_device(), summary))
     return summary
+
+
+def kernel_lines(chip: chips.Chip, config: RunConfig, network, mesh) -> str:
+    """The attention kernels that this chip would take; what is compiled here has a CPU's."""
+    rows, text = config.packing.row_tokens, config.packing.row_text
+    sequence, parts = mesh.shape[axes.SEQUENCE], mesh.shape[axes.SEQUENCE] * mesh.shape[axes.TENSOR]
+    own = rows if network.num_heads % parts == 0 else rows // sequence
+    meetings = {"clips": (own, rows), "text": (rows // sequence, text)}
+    if network.text == "joint":
+        meetings = {"clips and text": (own + text, rows + text)}
+    elif network.text == "none":
+        del meetings["text"]
+    lines = []
+    for what, (queries, keys) in meetings.items():
+        name, reason = attention.kernel_on(Call(
+            device="gpu" if chip.capability else "tpu", capability=chip.capability,
+            num_queries=queries, num_keys=keys, head_width=network.head_width,
+            dtype=attention_dtype(network), max_clips=config.packing.max_clips))
+        lines.append(f"attention to {what} on {chip.name}: kernel {name}"
+                     f"{f' ({reason})' if reason else ''}")
+    return "\n".join(lines)
+
+
+def sent_lines(found: list[collectives.Collective]) -> str:
+    """What a device sends in a step of the compiled program, by kind."""
+    if not found:
+        return "devices send each other nothing"
+    lines = ["a device sends in a step, as compiled for this backend (a CPU's compiler sums and "
+             "cuts where others scatter, and exchanges activations in float32):"]
+    lines += [f"  {kind:20} {times:6} times {sent / 1e9:12,.3f} GB"
+              for kind, (times, sent) in collectives.totals(found).items()]
+    return "\n".join(lines)
 
 
 def device_bytes(memory) -> int:
@@ -114,4 +161,7 @@ def against(chip: chips.Chip, summary: dict[str, float]) -> str:
              f"{chip.hbm_bytes / 2**30:.1f} GiB"]
     lines += [f"  {name:34} {1e3 * seconds:12,.3f} ms" for name, seconds in times.items()]
     lines.append(f"  {'a step takes at least':34} {1e3 * times[bound]:12,.3f} ms ({bound})")
+    if "model_flops_per_step" in summary:
+        rate = summary["model_flops_per_step"] / summary["devices"] / times[bound]
+        lines.append(f"  {'MFU at most':34} {rate / chip.bf16_flops:12.1%}")
     return "\n".join(lines)

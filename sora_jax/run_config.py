@@ -32,6 +32,7 @@ from sora_jax.run_sections import (
     VAELossConfig,
 )
 from sora_jax.sharding import MeshConfig
+from sora_jax.timing import ProfileConfig
 from sora_jax.weights.text_encoder_files import PADDINGS
 
 TASKS = ("diffusion", "distill", "vae", "features")
@@ -179,6 +180,7 @@ class RunConfig:
     vae_train: str = "all"  # or "decoder": what makes latents is frozen
     distill: DistillConfig = DistillConfig()
     lora: LoRAConfig = LoRAConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     def network(self, channels: int) -> TransformerConfig:
         """The network for latents of so many channels."""
@@ -284,7 +286,7 @@ def _check_text(config: RunConfig) -> None:
 # Fields that may change between two starts of one workdir: they decide what is reported, when and
 # where, but not a single number of the training.
 FREE_FIELDS = (
-    "log_every_steps", "checkpoint", "sampling", "evaluation", "mesh", "data.data_dir",
+    "log_every_steps", "checkpoint", "sampling", "evaluation", "mesh", "profile", "data.data_dir",
     "latents.directory", "latents.build_if_missing", "latents.rebuild", "latents.batch_pixels",
 )
 

@@ -4,8 +4,10 @@
 """
 
 import contextlib
+import functools
 import os
 import pathlib
+import time
 
 from sora_jax import runtime
 
@@ -27,6 +29,7 @@ from sora_jax import (
     sharding,
     shared_work,
     stopping,
+    timing,
     train_state,
 )
 from sora_jax.evaluation import evaluators
@@ -69,6 +72,7 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
 
     Returns the exit code: None at the end, stopping.EXIT_STOPPED after SIGTERM (state saved).
     """
+    began = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
     check_packing(config, mesh)
     task = registry.build(config, workdir)  # which prepares and encodes what is missing
@@ -84,28 +88,35 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
         start = int(state.step)
         writer = metrics.MetricWriter(workdir, start_step=start)
         progress = metrics.Progress(config.num_steps, start)
-        late = metrics.LateMetrics()
-        for step, batch in enumerate(task.batches(start), start + 1):
+        late, scalars = metrics.LateMetrics(), None
+        clock, trace = timing.Timing(began=began), timing.Trace(config.profile, workdir)
+        for step, batch in enumerate(clock.waited(task.batches(start)), start + 1):
+            trace.before(step, scalars)
             state, scalars = step_fn(state, sharding.put_batch(batch, mesh))
+            clock.step(scalars["loss"])
+            times = functools.partial(timing_of, clock, batch)
             if step % config.log_every_steps == 0 or step == config.num_steps:
-                log(late.push(step, scalars), writer, progress)
+                log(late.push(step, scalars), writer, progress, times)
             if stop.after(step):
-                log(late.flush(), writer, progress)
+                log(late.flush(), writer, progress, times)
                 checkpoints.save(step, state)
                 print(f"stopped by SIGTERM; saved step {step}, the same command resumes")
                 return stopping.EXIT_STOPPED
             if checkpoints.due(step) or step == config.num_steps:
-                log(late.flush(), writer, progress)
-                checkpoints.save(step, state)
+                with clock.lost("checkpoint"):
+                    log(late.flush(), writer, progress, times)
+                    checkpoints.save(step, state)
             if sample_due(config, step):
-                with progress.not_counted(), beside_training("sample", state, mesh) as params:
+                with (clock.lost("sample"), progress.not_counted(),
+                      beside_training("sample", state, mesh) as params):
                     if params is not None:
                         files = task.sample(params, step, workdir)
                         print(f"samples: {files[-1]}", flush=True)
             if evaluation_due(config, step):
-                with progress.not_counted():
+                with clock.lost("evaluate"), progress.not_counted():
                     evaluate(config, state, mesh, workdir)
         log(late.flush(), writer, progress)
+        trace.close(scalars)
         writer.close()
         with beside_training("finish", state, mesh) as params:
             if params is not None:
@@ -126,7 +137,7 @@ def beside_training(name: str, state, mesh):
 
 def evaluate(config, state, mesh, workdir: str) -> None:
     """The figures of the averaged weights, by all processes."""
-    params = sharding.whole(state.ema_params, mesh)
+    params = sharding.whole(train_state.averaged_weights(state), mesh)
     evaluators.evaluate_and_write(config, params, int(state.step), workdir)
 
 
@@ -140,13 +151,22 @@ def finish(config, task: Task, params, step: int, workdir: str) -> None:
         print(f"samples: {task.sample(params, step, workdir)[-1]}", flush=True)
 
 
-def log(fetched, writer, progress) -> None:
-    """Writes and prints the scalars of a step, where there are any."""
+def timing_of(clock: timing.Timing, batch) -> dict[str, float]:
+    """What the clock says, and how uneven the rows of this process are."""
+    found = clock.scalars()
+    if "segment_BN" in batch:
+        found["attention_imbalance_percent"] = timing.attention_imbalance_percent(
+            batch["segment_BN"])
+    return found
+
+
+def log(fetched, writer, progress, times=None) -> None:
+    """Writes and prints the scalars of a step, where there are any; times(): of `timing_of`."""
     if fetched is None:
         return
     step, scalars = fetched
     speeds = progress.speeds(step, scalars)
-    writer.write(step, scalars, events_only=speeds)
+    writer.write(step, scalars, events_only={**speeds, **(times() if times else {})})
     print(progress.line(step, scalars, speeds), flush=True)
 
 

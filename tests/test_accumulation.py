@@ -29,6 +29,7 @@ def steps(monkeypatch):
     tx = optax.sgd(1.0)
     config = run_config.resolve(config)
     task, batch = diffusion.outline(config)
+    batch = {name: np.array(x) for name, x in batch.items()}
     width = batch["tokens_BND"].shape[-1]
     task = dataclasses.replace(task, init=lambda key: {"matrix": jnp.eye(width)})
     rng = np.random.default_rng(0)

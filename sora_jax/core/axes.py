@@ -87,9 +87,12 @@ def size(*names: str) -> int:
 
 
 def constrain(x, *names):
-    """x, split as its dimensions' names say; left to the compiler where neither tokens nor widths
-    are split. Raises UserError as `spec` does."""
-    if size(SEQUENCE, TENSOR) == 1:
+    """x, split as its dimensions' names say; left to the compiler where rows alone are split.
+
+    With parameters split over fsdp the compiler, left alone, splits some activations like them and
+    gathers all rows. Raises UserError as `spec` does.
+    """
+    if size("fsdp", SEQUENCE, TENSOR) == 1:
         return x
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, spec("activation", names, x.shape, mesh))

@@ -11,6 +11,7 @@ class Chip:
 
     link_bytes: per second over all its links to other chips, both directions together; that is
     inside a TPU slice or an NVLink domain, not between them. devices: that JAX sees of one chip.
+    capability: compute capability of an NVIDIA GPU; 0: a TPU.
     """
 
     name: str
@@ -19,6 +20,7 @@ class Chip:
     hbm_bandwidth: float  # bytes per second
     link_bytes: float
     devices: int = 1
+    capability: float = 0.0
 
     def per_device(self) -> "Chip":
         """The share of one JAX device."""
@@ -43,14 +45,14 @@ _TPU = (
 # data sheets' rates "with sparsity" are halved.
 _GPU = (
     # nvidia.com/en-us/data-center/a100 (80GB SXM): 80 GB, 312 TFLOPS, 2039 GB/s, NVLink 600 GB/s
-    Chip("A100", 80e9, 312e12, 2039e9, 600e9),
+    Chip("A100", 80e9, 312e12, 2039e9, 600e9, capability=8.0),
     # nvidia.com/en-us/data-center/h100 (SXM): 80 GB, 1979 TFLOPS sparse, 3.35 TB/s, 900 GB/s
-    Chip("H100", 80e9, 989.5e12, 3350e9, 900e9),
+    Chip("H100", 80e9, 989.5e12, 3350e9, 900e9, capability=9.0),
     # nvidia.com/en-us/data-center/h200 (SXM): 141 GB, 1979 TFLOPS sparse, 4.8 TB/s, 900 GB/s
-    Chip("H200", 141e9, 989.5e12, 4800e9, 900e9),
+    Chip("H200", 141e9, 989.5e12, 4800e9, 900e9, capability=9.0),
     # nvidia.com/en-us/data-center/hgx (HGX B200, of 8): 1.44 TB, 36 PFLOPS sparse, 8 TB/s each,
     # NVLink 1.8 TB/s each
-    Chip("B200", 180e9, 2250e12, 8000e9, 1800e9),
+    Chip("B200", 180e9, 2250e12, 8000e9, 1800e9, capability=10.0),
 )
 CHIPS = {chip.name: chip for chip in (*_TPU, *_GPU)}
 

@@ -16,20 +16,28 @@ def count(function, *arguments) -> tuple[float, int]:
     arguments: arrays or their abstract shapes. Nothing is compiled. What is computed twice
     (rematerialisation) and what is masked away after a product counts as executed.
     """
-    return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    total, _, loops = _of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return total, loops
 
 
-def _of(jaxpr) -> tuple[float, int]:
-    total, loops = 0.0, 0
+def count_within(scope: str, function, *arguments) -> tuple[float, float]:
+    """(operations as in `count`, those of them under `jax.named_scope(scope)`, gradients
+    included)."""
+    total, within, _ = _of(jax.make_jaxpr(function)(*arguments).jaxpr, scope)
+    return total, within
+
+
+def _of(jaxpr, scope: str | None = None, inside: bool = False) -> tuple[float, float, int]:
+    """(operations, those within the scope, loops of unknown length); inside: all is within it."""
+    total, within, loops = 0.0, 0.0, 0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        if name == "dot_general":
-            total += _product(eqn)
+        here = inside or scope is not None and scope in str(eqn.source_info.name_stack)
+        if name in COUNTED:
+            flops = COUNTED[name](eqn)
+            total, within = total + flops, within + here * flops
             continue
-        if name == "conv_general_dilated":
-            total += _convolution(eqn)
-            continue
-        inner = [_of(sub) for sub in _inner(eqn.params)]
+        inner = [_of(sub, scope, here) for sub in _inner(eqn.params)]
         if not inner:
             continue
         if name == "cond":  # one branch runs
@@ -37,10 +45,11 @@ def _of(jaxpr) -> tuple[float, int]:
         times = eqn.params["length"] if name == "scan" else 1
         if name == "shard_map":  # its products are those of one device
             times = math.prod(eqn.params["mesh"].shape[axis] for axis in _manual_axes(eqn.params))
-        total += times * sum(flops for flops, _ in inner)
-        known = name != "while" or not any(flops for flops, _ in inner)
-        loops += sum(number for _, number in inner) + (not known)
-    return total, loops
+        total += times * sum(flops for flops, _, _ in inner)
+        within += times * sum(flops for _, flops, _ in inner)
+        known = name != "while" or not any(flops for flops, _, _ in inner)
+        loops += sum(number for _, _, number in inner) + (not known)
+    return total, within, loops
 
 
 def _manual_axes(params):
@@ -70,3 +79,6 @@ def _convolution(eqn) -> float:
     features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
     taps = math.prod(kernel) / features / math.prod(eqn.params["lhs_dilation"])
     return 2.0 * math.prod(out) * taps / eqn.params["batch_group_count"]
+
+
+COUNTED = {"dot_general": _product, "conv_general_dilated": _convolution}

@@ -26,6 +26,7 @@ KERNELS = {"dense": dense, "cpu_blocks": cpu_blocks, "cudnn": cudnn, "pallas": p
            "splash": splash_tpu}
 ORDER = {"cpu": ("cpu_blocks", "dense"), "gpu": ("cudnn", "pallas", "dense"),
          "tpu": ("splash", "dense")}
+SCOPE = "attention_within_clips"  # of its operations, in jaxprs and profiles
 DENSE_LOGITS = 512 * 512  # rows with no more logits are faster in one piece on a CPU
 TOLERANCE = {"float32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}  # tf32 products count as float32
 
@@ -42,6 +43,7 @@ class Plan:
     split: Split = Split()
 
 
+@jax.named_scope(SCOPE)
 def attention(
     q_BNKE, k_BMKE, v_BMKE, q_segment_BN, k_segment_BM, dtype: str = "float32",
     kernel: str = "auto", max_clips: int = 0, plan: Plan | None = None,
@@ -121,6 +123,18 @@ def choose(kernel: str, call: Call, rows: int = 1) -> str:
         if reason is None:
             _log(name, call, "; ".join(passed))
             return name
+        passed.append(f"not {name}: {reason}")
+    raise AssertionError("dense serves every call")
+
+
+def kernel_on(call: Call) -> tuple[str, str]:
+    """(the kernel that `auto` takes where call.device is at hand and its self-test passes, why not
+    those before it)."""
+    passed = []
+    for name in ORDER[call.device]:
+        reason = KERNELS[name].why_not(call)
+        if reason is None:
+            return name, "; ".join(passed)
         passed.append(f"not {name}: {reason}")
     raise AssertionError("dense serves every call")
 

@@ -61,6 +61,7 @@ class Transformer(nn.Module):
         text, text_segment_BM, summary_BSD = self.read_text(batch, time_BS.shape[1])
         per_clip, per_token = self.condition(batch, time_BS, time_BN, summary_BSD)
         per_clip = per_clip.astype(dtype)
+        per_token = None if per_token is None else of_tokens(per_token)
         if config.modulation == "none":
             text, text_segment_BM = self.with_condition(
                 text, text_segment_BM, per_clip, segment_BN, time_BN)

@@ -226,7 +226,9 @@ class TransformerBlock(nn.Module):
 
     def heads(self, qkv, norms):
         """Queries and keys, normalised, and values: each (B, N, K, E)."""
-        q, k, v = jnp.split(qkv, 3, axis=-1)
+        # Each keeps its tokens until attention asks for heads: split over devices by heads, the
+        # parts of one long array would not begin where devices do, and be sent around once more.
+        q, k, v = (of_heads(x) for x in jnp.split(qkv, 3, axis=-1))
         v = v.reshape(*v.shape[:-1], self.config.num_heads, self.config.head_width)
         return norms[0](q), norms[1](k), v
 

@@ -20,6 +20,7 @@ from sora_jax.run_sections import DiffusionConfig
 from sora_jax.tasks import learned_variance, mup
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.tasks.datasets import prepare_together
+from sora_jax.tasks.initial_vae import for_outline
 from sora_jax.tasks.initial_weights import initial
 from sora_jax.tasks.latents import open_latents
 from sora_jax.tasks.requests import Embed, Request
@@ -66,7 +67,7 @@ def build(config: RunConfig, workdir: str) -> Task:
 
 def outline(config: RunConfig) -> tuple[Task, dict]:
     """Init and loss without any data, and a batch of padding with the shapes of training."""
-    vae = load_vae(config.latents.vae)
+    vae = for_outline(config)
     model = make_model(config, vae)
     task = Task(
         name="diffusion",
@@ -102,8 +103,10 @@ def make_sampler(config: RunConfig, model: Transformer, vae: FrozenVAE, embed: E
 
 def init(config: RunConfig, model: Transformer, key):
     """Parameters in flax's boxes of logical axis names."""
-    batch = example_batch(config, model)
-    time_BS = np.zeros(batch["clip_BSF"].shape[:2], np.float32)
+    # Zeros of the trace: a large batch is in no memory, and attention to it is not computed.
+    batch = {name: jax.numpy.zeros(x.shape, x.dtype)
+             for name, x in example_batch(config, model).items()}
+    time_BS = jax.numpy.zeros(batch["clip_BSF"].shape[:2])
     return model.init(key, batch, time_BS)["params"]
 
 
@@ -117,12 +120,14 @@ def init_at_width(config: RunConfig, vae: FrozenVAE):
 
 
 def example_batch(config: RunConfig, model: Transformer) -> dict:
-    """A batch of padding with the shapes of training."""
-    return pipeline.packed_rows.empty_rows(
-        config.packing.rows, config.packing, config.model.patch, model.config.in_channels,
+    """A batch of padding with the shapes of training; its rows are one row in memory."""
+    row = pipeline.packed_rows.empty_rows(
+        1, config.packing, config.model.patch, model.config.in_channels,
         config.text_encoder.width if config.text_encoder.weights else 0,
         conditioned=config.conditioning.is_used,
     )
+    return {name: np.broadcast_to(x, (config.packing.rows, *x.shape[1:]))
+            for name, x in row.items()}
 
 
 def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, key):

@@ -22,6 +22,7 @@ from sora_jax.models.segments import by_segment
 from sora_jax.models.transformer import Transformer
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks import diffusion
+from sora_jax.tasks.initial_vae import for_outline
 from sora_jax.tasks.initial_weights import has_begun
 from sora_jax.tasks.sampling import clip_shift, data_std, velocity
 from sora_jax.tasks.task import Task
@@ -50,7 +51,7 @@ def build(config: RunConfig, workdir: str) -> Task:
 def outline(config: RunConfig) -> tuple[Task, dict]:
     """Init and loss without any data, and a batch of padding with the shapes of training."""
     task, batch = diffusion.outline(config)
-    return (distilled(config, load_vae(config.latents.vae), task),
+    return (distilled(config, for_outline(config), task),
             with_blank(config, batch, encode_bytes(None)))
 
 

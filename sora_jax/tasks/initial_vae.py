@@ -8,6 +8,7 @@ written then has the digest of the one it began with, and latent caches of that 
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -23,7 +24,13 @@ from sora_jax.run_config import RunConfig
 from sora_jax.tasks.initial_weights import INIT
 from sora_jax.tasks.task import Task
 from sora_jax.weights import published, vae_family
-from sora_jax.weights.vae_files import architecture, encoding_sha256, load_vae, vae_path
+from sora_jax.weights.vae_files import (
+    FrozenVAE,
+    architecture,
+    encoding_sha256,
+    load_vae,
+    vae_path,
+)
 
 STATISTICS = ("latent_mean", "latent_std", "channel_std")
 
@@ -44,6 +51,22 @@ def settled(config: RunConfig, workdir: str, planning: bool = False) -> RunConfi
         print(f"there are no weights at {where} yet: the plan is that of config.vae")
         return config
     return dataclasses.replace(config, vae=architecture(where))
+
+
+def for_outline(config: RunConfig) -> FrozenVAE:
+    """The VAE of config.latents.vae; where it is not there yet one without weights that makes
+    latents like config.vae, which is said: enough to plan a run."""
+    return _for_outline(config.latents.vae, config.vae)
+
+
+@functools.lru_cache(maxsize=1)
+def _for_outline(where, config) -> FrozenVAE:
+    if ":" in where or pathlib.Path(where).expanduser().exists():
+        return load_vae(where)
+    print(f"there is no VAE at {where} yet: the plan takes latents of config.vae, "
+          f"{config.z_dim} channels")
+    zero_C = np.zeros(config.z_dim, np.float32)
+    return FrozenVAE(config, {}, "", zero_C, zero_C + 1, {})
 
 
 def begun(workdir: str) -> dict:

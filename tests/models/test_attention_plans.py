@@ -127,6 +127,7 @@ def random_rows(batch):
     """Rows of three clips each, with padding at the end."""
     rng = np.random.default_rng(0)
     rows, tokens = batch["segment_BN"].shape
+    batch = {name: np.array(x) for name, x in batch.items()}
     batch["segment_BN"][:] = np.repeat([1, 2, 3, 0], [7, 9, 5, tokens - 21])
     batch["position_BN3"][..., 2] = np.arange(tokens)
     batch["text_segment_BM"][:, :48] = np.repeat([1, 2, 3], 16)
