@@ -46,6 +46,8 @@ def get_config(arg: str = ""):
         # What a block computes is not kept: at 65,536 tokens a step it is the largest part.
         "remat": "none" if size == "s" else "full",
     })
+    if size == "xl":  # its state whole on every device would not fit the 16 GiB of a v5e
+        config.mesh.update({"data": 1, "fsdp": -1})
     config.num_steps = 400_000
     config.log_every_steps = 100
     # 65,536 tokens a step, as many as their 256 images of 256 tokens have.
