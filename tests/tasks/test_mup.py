@@ -64,6 +64,7 @@ def sizes():
         for scaled in (False, True)[:1 + (width != BASE)]:
             config = make_config(width, BASE if scaled else 0)
             task, batch = diffusion.outline(config)
+            batch = {name: np.array(rows) for name, rows in batch.items()}
             rng = np.random.default_rng(0)
             batch["tokens_BND"][:] = rng.normal(size=batch["tokens_BND"].shape)
             batch["clip_BSF"][:] = 8
