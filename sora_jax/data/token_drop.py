@@ -68,9 +68,9 @@ def num_kept(config: TokenDropConfig, dropped_C, grid_C3):
     """Tokens that stay of every clip, int64 (C,), exactly as many as `kept_tokens` returns."""
     frames_C, height_C, width_C = np.asarray(grid_C3, np.int64).T
     if config.kind == "random":
-        return _rounded((1 - dropped_C) * frames_C * height_C * width_C)
+        return _rounded((1 - dropped_C) * (frames_C * height_C * width_C))
     if config.kind == "tube":
-        return frames_C * _rounded((1 - dropped_C) * height_C * width_C)
+        return frames_C * _rounded((1 - dropped_C) * (height_C * width_C))
     rows_C, columns_C = _kept_sides(dropped_C, height_C, width_C)
     return frames_C * rows_C * columns_C
 
@@ -100,7 +100,7 @@ def kept_tokens(config: TokenDropConfig, seed: int, block: int, visit: int, clip
     rng = numpy_stream(seed, "kept_tokens", block, visit, clip)
     places = height * width
     if config.kind == "random":
-        count = int(_rounded((1 - dropped) * frames * places))
+        count = int(_rounded((1 - dropped) * (frames * places)))
         return np.sort(rng.permutation(frames * places)[:count])
     if config.kind == "tube":
         kept_P = np.sort(rng.permutation(places)[: int(_rounded((1 - dropped) * places))])

@@ -55,6 +55,17 @@ def test_the_tokens_kept_are_as_many_as_planned_and_the_asked_share(kind, droppe
         np.testing.assert_array_equal(planned, GRIDS.prod(axis=1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_that_lie_between_two_numbers_are_rounded_alike_in_plan_and_row(kind):
+    """0.7 of 45 tokens is 31.5, and a little less or more by the order of the product."""
+    grids = np.array(list(np.ndindex(6, 6, 6))) + 1
+    for dropped in (0.1, 0.3, 0.5, 0.7):
+        config = make_config(kind=kind, rates="constant", low=dropped, high=dropped)
+        planned = num_kept(config, np.full(len(grids), dropped), grids)
+        kept = [len(kept_tokens(config, 0, 0, 0, 0, dropped, grid)) for grid in grids]
+        np.testing.assert_array_equal(kept, planned)
+
+
 @pytest.mark.parametrize("kind", ["grid", "tube"])
 def test_structured_kinds_keep_the_same_places_of_every_frame(kind):
     grid = GRIDS[4]
