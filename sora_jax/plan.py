@@ -31,9 +31,9 @@ def show(config: RunConfig) -> dict[str, float]:
     tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)
     _, abstract, shardings = state_functions(config, task, tx, mesh)
     if abstract.frozen:
-        held = frozen.PARAMS
         print("frozen:")
-        print(sharding.describe(abstract.frozen[held], shardings.frozen[held]))
+        print(sharding.describe(
+            abstract.frozen[frozen.PARAMS], shardings.frozen[frozen.PARAMS]))
         print()
         print("trained:")
     print(sharding.describe(abstract.params, shardings.params))
@@ -52,7 +52,8 @@ def show(config: RunConfig) -> dict[str, float]:
             config, config.network(vae.z_dim), mesh, tx, vae.compression), 0
     summary = {
         "parameters": sum(
-            math.prod(leaf.shape) for tree in (abstract.params, abstract.frozen.get("params", {}))
+            math.prod(leaf.shape)
+            for tree in (abstract.params, abstract.frozen.get(frozen.PARAMS, {}))
             for _, leaf in named_leaves(tree)),
         "trained_parameters": sum(
             math.prod(leaf.shape) for _, leaf in named_leaves(abstract.params)),

@@ -100,6 +100,7 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
             if stop.after(step):
                 log(late.flush(), writer, progress, times)
                 checkpoints.save(step, state)
+                trace.close(scalars)
                 print(f"stopped by SIGTERM; saved step {step}, the same command resumes")
                 return stopping.EXIT_STOPPED
             if checkpoints.due(step) or step == config.num_steps:

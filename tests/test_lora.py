@@ -19,7 +19,7 @@ from sora_jax.parameter_groups import ParameterGroup
 from sora_jax.sharding import MeshConfig
 from sora_jax.tasks.task import Task
 from sora_jax.train_step import with_initial
-from tests.small_run import LAYERS, WIDTH, X_BD, Y_BD, Run, init, loss
+from tests.two_matrices import LAYERS, WIDTH, X_BD, Y_BD, Run, init, loss
 
 LORA = LoRAConfig(rank=2, alpha=6.0, targets=(r"^blocks/.*mlp_(in|out)/kernel$", "^head/kernel$"))
 

@@ -15,7 +15,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.core.tree import named_leaves
 from sora_jax.optim import OPTIMIZERS, OptimConfig, make_optimizer
 from sora_jax.parameter_groups import ParameterGroup, is_frozen, nearest
-from tests.small_run import Run
+from tests.two_matrices import Run
 
 PARAMS = {
     "blocks": {"qkv": {"kernel": jnp.ones((2, 4, 6)), "bias": jnp.ones((2, 6))},

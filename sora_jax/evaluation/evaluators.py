@@ -163,11 +163,8 @@ def vae_reconstruction(config: RunConfig, vae: FrozenVAE, workdir: str) -> dict[
 def batch_figures(vae: FrozenVAE, describe, batch, clips):
     """(figures, features of the reconstruction, features of the original) of every clip of a batch
     that could be read."""
-    read = [(item, record, x) for item, record, x in clips if x is not None]
-    if not read:
-        return
-    again = latents.decode(vae, latents.encode(vae, [x for *_, x in read], batch))
-    for (item, record, pixels_THWC), again_THWC in zip(read, again, strict=True):
+    for item, record, pixels_THWC, _, again_THWC in latents.reconstructed_batch(
+            vae, batch, clips):
         figures = reconstruction.clip_figures(
             f"{record.id}[{item.window.start_frame}]", again_THWC, pixels_THWC)
         yield figures, *(np.asarray(describe(x), np.float64).tolist()

@@ -193,12 +193,17 @@ def reconstructed(config: RunConfig, source: Source, vae: FrozenVAE, plan: list[
     that cannot be read are left out."""
     batches = encoding_batches(plan, config.data.max_frames, config.latents.batch_pixels)
     for batch, clips in decoded_ahead(source, batches):
-        read = [(item, record, x) for item, record, x in clips if x is not None]
-        if not read:
-            continue
-        encoded = encode(vae, [x for *_, x in read], batch)
-        for clip, *both in zip(read, encoded, decode(vae, encoded), strict=True):
-            yield *clip, *both
+        yield from reconstructed_batch(vae, batch, clips)
+
+
+def reconstructed_batch(vae: FrozenVAE, batch: EncodingBatch, clips):
+    """`reconstructed` of one batch of `decoded_ahead`."""
+    read = [(item, record, x) for item, record, x in clips if x is not None]
+    if not read:
+        return
+    encoded = encode(vae, [x for *_, x in read], batch)
+    for clip, *both in zip(read, encoded, decode(vae, encoded), strict=True):
+        yield *clip, *both
 
 
 def judged_clips(config: RunConfig, held_out: Source, vae: FrozenVAE) -> list[PlannedClip]:
