@@ -38,6 +38,17 @@ def frames_of(path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def test_what_is_reconstructed_of_a_batch_stands_beside_its_own_clip(run):
+    config, held_out, vae, _ = run
+    clips = list(latents.reconstructed(
+        config, held_out, vae, latents.judged_clips(config, held_out, vae)))
+    assert len(clips) == 6
+    for _, _, pixels_THWC, _, again_THWC in clips:
+        errors = {id(other): np.abs(again_THWC - other.astype(float)).mean()
+                  for _, _, other, _, _ in clips if other.shape == again_THWC.shape}
+        assert len(errors) > 1 and min(errors, key=errors.get) == id(pixels_THWC)
+
+
 def test_every_clip_that_moves_has_a_video_of_both_and_all_stand_on_the_sheet(run):
     config, held_out, vae, workdir = run
     plan = side_by_side.spread(latents.judged_clips(config, held_out, vae), 5)
