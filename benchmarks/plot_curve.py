@@ -1,6 +1,6 @@
 """A learning curve as a picture: a figure of eval.jsonl (or metrics.jsonl) over the steps.
 
-    python benchmarks/plot_curve.py OUT.png --runs=runs/vae_clips [--figure=vae_psnr]
+    python benchmarks/plot_curve.py OUT.png --runs=runs/vae_folder [--figure=vae_psnr]
         [--file=eval.jsonl] [--title=...] [--line=24.1:bicubic ...]
 
 --runs: workdirs, one line each. --line: a level to compare with and its name, as often as wanted.

@@ -208,6 +208,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "patch_frames": 1,
         "context_blocks": (0, 0),
         "context_width": 24,
+        "out_width": 0,
         "residual": True,
         "block_shortcut": True,
         "product_dtype": "float32",
@@ -222,6 +223,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "kl_weight": 1e-3,
         "free_nats": 0.0,  # KL of a latent channel that costs nothing
         "latent_noise": 0.0,  # up to this share of a clip's latents is noise when decoded
+        "words_weight": 0.0,  # of reading the captions' words from the latents (docs/vae.md)
         "temporal_weight": 0.0,  # of the error of changes from frame to frame
         "perceptual": "",  # lpips:FILE | distortion:FILE
         "perceptual_weight": 0.0,
@@ -247,6 +249,8 @@ def get_config(arg: str = "") -> ConfigDict:
         ),
         "target_fps": None,  # faster clips are thinned to it; None keeps every rate
         "resize_share": 0.0,  # share of clips shrunk at random before they are cropped
+        "crop": True,  # False: a size takes clips of exactly its height and width
+        "word_buckets": 0,  # of captions, for vae_loss.words_weight; 0 = none
         "segment_frames": 64,
         "cache_bytes": 2**30,
     })

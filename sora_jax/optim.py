@@ -22,8 +22,10 @@ DECAYS = ("cosine", "linear", "constant", "warmup_stable_decay")
 NOT_DECAYED = re.compile(r"norm|embedding|position|table|(^|/)(bias|scale|gamma|beta)(/|$)")
 
 
-# Matrices inside the stacked layers of the transformer; modulation and embeddings are AdamW's.
-MUON_MATRICES = re.compile(r"blocks/.*(qkv|out|near_in|cross_q|cross_kv|mlp_in|mlp_out)/kernel")
+# Matrices inside the stacked layers of the transformer, and of the blocks of a VAE of blocks;
+# modulation, embeddings and what touches pixels or latents are AdamW's.
+MUON_MATRICES = re.compile(r"blocks/.*(qkv|out|near_in|cross_q|cross_kv|mlp_in|mlp_out)/kernel"
+                           r"|coder/(context|block)_\d+/.*kernel|coder/widen/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,13 +172,16 @@ def decay_mask(params):
 
 
 def muon_dimensions(params):
-    """How Muon reads each parameter: (layers, in, out) kernels as a stack of matrices; None for
-    what AdamW takes."""
-    return map_with_name(
-        lambda name, leaf: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
-        if MUON_MATRICES.search(name) and leaf.ndim >= 2 else None,
-        params,
-    )
+    """How Muon reads each parameter: (layers, in, out) kernels as a stack of matrices, those of
+    convolutions (time, height, width, in, out) as one; None for what AdamW takes."""
+    def dimensions(name, leaf):
+        if not MUON_MATRICES.search(name) or leaf.ndim < 2:
+            return None
+        if leaf.ndim == 5:
+            return contrib.MuonDimensionNumbers((0, 1, 2, 3), 4)
+        return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return map_with_name(dimensions, params)
 
 
 def train_first(pattern: str, num_steps: int) -> optax.GradientTransformation:

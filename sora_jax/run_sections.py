@@ -61,6 +61,9 @@ class VAELossConfig:
     kl_weight: float  # nats per latent value against the mean error per pixel value
     free_nats: float = 0.0  # KL of a latent channel (mean per value) that costs nothing
     latent_noise: float = 0.0  # up to this share of a clip's latents is noise when decoded
+    # Of the nats by which the words of a clip's captions are missed when they are read from its
+    # latents, noise included; the words fall into pixels.word_buckets.
+    words_weight: float = 0.0
     temporal_weight: float = 0.0  # of the error of changes from frame to frame
     perceptual: str = ""  # "lpips:FILE", "distortion:FILE" or "" (none); see tasks/perceptual.py
     perceptual_weight: float = 0.0
@@ -68,7 +71,8 @@ class VAELossConfig:
     adversarial: AdversarialConfig = AdversarialConfig()
 
     def __post_init__(self):
-        for name in ("free_nats", "temporal_weight", "perceptual_weight", "perceptual_frames"):
+        for name in ("free_nats", "words_weight", "temporal_weight", "perceptual_weight",
+                     "perceptual_frames"):
             if getattr(self, name) < 0:
                 raise UserError(f"vae_loss.{name} = {getattr(self, name)} must not be negative")
         if not 0 <= self.latent_noise <= 1:

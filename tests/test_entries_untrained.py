@@ -8,7 +8,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_compiles_in_plan_mode(name):
-    of_folder = "folder" in name or name in ("finetune_wan", "vae_clips", "vae_wan")
+    of_folder = "folder" in name or name in ("finetune_wan", "vae_wan")
     folder = ["--config.data.folder=somewhere"] if of_folder else []
     vae = ["--config.latents.vae=builtin:moving_shapes"]
     mesh = ["mesh.num_devices=8", "mesh.sequence=2", "mesh.tensor=2", "optim.optimizer=adamw",

@@ -150,6 +150,22 @@ def test_muon_makes_every_direction_of_a_hidden_matrix_move_alike_and_leaves_the
     assert np.all(np.sign(bias) == -np.sign(grads["blocks"]["qkv"]["bias"]))
 
 
+def test_muon_reads_a_convolution_as_one_matrix_of_its_outputs():
+    params = {"encoder": {"context_0": {"around": {"kernel": jnp.zeros((1, 2, 2, 3, 5))}},
+                          "conv_out": {"kernel": jnp.zeros((1, 1, 1, 3, 5))}}}
+    rng = np.random.default_rng(0)
+    scale = np.geomspace(1.0, 20.0, 5)
+    grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * scale), params)
+    config = OptimConfig(optimizer="muon", learning_rate=1.0, warmup_steps=0, clip_norm=0.0)
+    tx = make_optimizer(config, 10)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    inner = updates["encoder"]["context_0"]["around"]["kernel"].reshape(12, 5)
+    values = np.linalg.svd(inner)[1]
+    assert values.max() / values.min() < 2
+    last = np.abs(updates["encoder"]["conv_out"]["kernel"])  # AdamW's
+    np.testing.assert_allclose(last, last.max(), rtol=1e-4)
+
+
 def test_named_parameters_train_first_and_then_all():
     params = {"patch_in": {"kernel": jnp.zeros((2, 2))}, "rest": {"kernel": jnp.zeros((2, 2))}}
     config = OptimConfig(learning_rate=0.1, warmup_steps=0, decay="constant",

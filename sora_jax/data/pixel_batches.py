@@ -10,6 +10,7 @@ import numpy as np
 from sora_jax.core.errors import UserError
 from sora_jax.core.rng import numpy_stream
 from sora_jax.data import transforms
+from sora_jax.data.caption_words import word_buckets
 from sora_jax.data.clip_plan import decode_clip
 from sora_jax.data.pipeline import ENDLESS_STEPS, UnreadableBudget, iterate
 
@@ -34,8 +35,10 @@ class PixelConfig:
     sizes: tuple[PixelSize, ...]
     target_fps: float | None = None  # faster records are resampled to it; None keeps every rate
     resize_share: float = 0.5  # share of clips shrunk by a random factor before they are cropped
+    crop: bool = True  # False: a size takes records of exactly its height and width
     segment_frames: int = 64  # longer records are decoded and kept in segments of this length
     cache_bytes: int = 2**30  # of decoded pixels kept in memory
+    word_buckets: int = 0  # that the words of captions fall into; 0 = batches without words
 
     def __post_init__(self):
         if not self.sizes:
@@ -73,7 +76,8 @@ class DecodedCache:
 
 class PixelBatches:
     """`batch(step)` is a pure function of the step: {"pixels_BTHWC": float32 in [-1, 1]}, this
-    process's share of the global batch. A record that cannot be read is replaced by another draw
+    process's share of the global batch, with config.word_buckets also "words_BV" (see
+    caption_words.py) of all captions of the clips. A record that cannot be read is replaced by another draw
     and counted against a budget."""
 
     def __init__(self, source, config: PixelConfig, seed: int, num_steps: int, process_index: int,
@@ -89,6 +93,7 @@ class PixelBatches:
         self._process = process_index, process_count
         self._budget = UnreadableBudget(max_unreadable, "the dataset")
         self._cache = DecodedCache(config.cache_bytes) if cache is None else cache
+        self._words = {}
         self._plan_records()
 
     def __len__(self):
@@ -106,11 +111,13 @@ class PixelBatches:
         index, count = self._process
         rows = range(size.batch // count * index, size.batch // count * (index + 1))
         pixels = np.zeros((len(rows), size.frames, size.height, size.width, 3), np.float32)
+        words = np.zeros((len(rows), self._config.word_buckets), np.float32)
         for local, row in enumerate(rows):
-            clip = self._draw(size, numpy_stream(self._seed, "pixel_clip", step, row))
-            if clip is not None:
-                pixels[local] = transforms.to_float(clip)
-        return {"pixels_BTHWC": pixels}
+            drawn = self._draw(size, numpy_stream(self._seed, "pixel_clip", step, row))
+            if drawn is not None:
+                record, clip = drawn
+                pixels[local], words[local] = transforms.to_float(clip), self._words_of(record)
+        return {"pixels_BTHWC": pixels, **({"words_BV": words} if words.shape[1] else {})}
 
     def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """`batch(step)` from `start_step` on, prefetched. Raises UserError when more records
@@ -131,13 +138,17 @@ class PixelBatches:
         height_R, width_R = np.asarray(specs.height), np.asarray(specs.width)
         self._records, scale_R = {}, np.zeros(len(self._source))
         for size in config.sizes:
-            fits_R = ((frames_R >= size.frames) & (height_R >= size.height)
-                      & (width_R >= size.width))
+            if config.crop:
+                covers_R = (height_R >= size.height) & (width_R >= size.width)
+            else:
+                covers_R = (height_R == size.height) & (width_R == size.width)
+            fits_R = (frames_R >= size.frames) & covers_R
             if not fits_R.any():
                 raise UserError(
-                    f"no record holds {size.frames} frames of {size.height}x{size.width} (most "
-                    f"frames {frames_R.max()}, largest {height_R.max()}x{width_R.max()}); ask "
-                    "for a smaller size"
+                    f"no record {'holds' if config.crop else 'is'} {size.frames} frames of "
+                    f"{size.height}x{size.width} (most frames {frames_R.max()}, largest "
+                    f"{height_R.max()}x{width_R.max()}); ask for a smaller size"
+                    f"{'' if config.crop else ', or set pixels.crop'}"
                 )
             self._records[size] = np.flatnonzero(fits_R)
             cover_R = np.maximum(size.height / height_R, size.width / width_R)
@@ -147,7 +158,7 @@ class PixelBatches:
         self._segment = max([config.segment_frames, *(size.frames for size in config.sizes)])
 
     def _draw(self, size, rng):
-        """pixels_THWC uint8 of a random crop of a random record; None where none can be read."""
+        """(record, pixels_THWC uint8 of a random crop of it); None where none can be read."""
         for _ in range(MAX_DRAWS):
             record = int(rng.choice(self._records[size]))
             num_frames = self._windows[record].num_frames
@@ -162,9 +173,17 @@ class PixelBatches:
             except Exception as error:  # it must not be raised inside Grain's map
                 self._budget.count(f"record {record}", error)
                 continue
-            return self._crop(pixels, size, draws)
+            return record, self._crop(pixels, size, draws)
         self._budget.give_up()
         return None
+
+    def _words_of(self, record):
+        if not self._config.word_buckets:
+            return ()
+        if record not in self._words:
+            self._words[record] = word_buckets(
+                self._source[record].captions, self._config.word_buckets).astype(bool)
+        return self._words[record]
 
     def _decode(self, record, first, length):
         window = dataclasses.replace(self._windows[record], start_frame=first, num_frames=length)

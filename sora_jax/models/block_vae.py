@@ -94,5 +94,10 @@ class BlockDecoder(nn.Module):
                              product_dtype=config.product_dtype)(latents_BTHWC)
         x_BTHWC = in_context(config, x_BTHWC, config.context_blocks[1])
         x_BTHWC = refined(config, x_BTHWC, config.num_res_blocks + 1)
+        if config.out_width:
+            more_BTHWC = CausalConv(config.out_width, (1, 1, 1), name="widen",
+                                    product_dtype=config.product_dtype)(x_BTHWC)
+            x_BTHWC = jnp.concatenate([x_BTHWC, nn.silu(more_BTHWC)], axis=-1)
         return LatentsToBlocks(
-            config.compression, config.in_channels, self.out_scale, name="out")(x_BTHWC, first)
+            config.compression, config.in_channels, self.out_scale, config.product_dtype,
+            name="out")(x_BTHWC, first)

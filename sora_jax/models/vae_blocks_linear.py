@@ -48,6 +48,7 @@ class LatentsToBlocks(nn.Module):
     features: int
     """Channels of a pixel."""
     init_scale: float = 0.1
+    product_dtype: str | None = None
 
     @nn.compact
     def __call__(self, latents_BTHWC, first: bool = True):
@@ -55,11 +56,13 @@ class LatentsToBlocks(nn.Module):
         channels = self.features * space**2
         parts = []
         if first:
-            to_first = CausalConv(channels, (1, 1, 1), init_scale=self.init_scale, name="first")
+            to_first = CausalConv(channels, (1, 1, 1), init_scale=self.init_scale,
+                                  product_dtype=self.product_dtype, name="first")
             parts.append(to_first(latents_BTHWC[:, :1]))
         if latents_BTHWC.shape[1] > first:
-            y = CausalConv(time * channels, (1, 1, 1), init_scale=self.init_scale, name="later")(
-                latents_BTHWC[:, first:])
+            y = CausalConv(
+                time * channels, (1, 1, 1), init_scale=self.init_scale,
+                product_dtype=self.product_dtype, name="later")(latents_BTHWC[:, first:])
             rows, frames, height, width, _ = y.shape
             y = y.reshape(rows, frames, height, width, time, channels).transpose(0, 1, 4, 2, 3, 5)
             parts.append(y.reshape(rows, frames * time, height, width, channels))

@@ -66,6 +66,9 @@ class VideoVAEConfig:
     """Blocks of the encoder and of the decoder of the VAE of blocks that see the latents around."""
     context_width: int = 24
     """Channels in which they see them."""
+    out_width: int = 0
+    """Features that the decoder of the VAE of blocks makes of its last ones, beside them, for the
+    linear map to pixels: an edge may lie in a block in more ways than the decoder has channels."""
     block_shortcut: bool = False
     """Whether a linear map of each block of pixels (time x space x space of the compression) is
     added to its latent, and one of each latent to its block: principal components are found in
@@ -121,6 +124,9 @@ class VideoVAEConfig:
             raise UserError(
                 f"vae context_blocks = {self.context_blocks} should be two numbers, of encoder and "
                 f"decoder; those of a pyramid (patch_frames = 1) are (0, 0)")
+        if self.out_width < 0 or self.out_width and self.patch_frames == 1:
+            raise UserError(f"vae out_width = {self.out_width} must not be negative, and is 0 in a "
+                            "pyramid (patch_frames = 1)")
         if self.patch_frames > 1 and (levels > 1 or self.residual):
             raise UserError(
                 f"vae patch_frames = {self.patch_frames} (a VAE of blocks) takes one level without "

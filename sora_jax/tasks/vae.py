@@ -16,7 +16,7 @@ from sora_jax.data.sources import Source
 from sora_jax.models.vae_blocks_linear import fold_blocks
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.run_config import RunConfig
-from sora_jax.tasks import initial_vae, side_by_side, vae_adversarial, vae_losses
+from sora_jax.tasks import initial_vae, side_by_side, vae_adversarial, vae_losses, vae_words
 from sora_jax.tasks.datasets import open_dataset, prepare_together
 from sora_jax.tasks.perceptual import perceptual_distance
 from sora_jax.tasks.task import Task
@@ -52,7 +52,7 @@ def build(config: RunConfig, workdir: str) -> Task:
         batches=loader.iterate,
         sample=functools.partial(write_reconstructions, config, train, held_out),
         finish=functools.partial(write_weights, config, train),
-        initial=initial_vae.initial(config, workdir),
+        initial=initial_params(config, workdir),
     )))
 
 
@@ -65,6 +65,8 @@ def outline(config: RunConfig) -> tuple[Task, dict]:
     size = max(config.pixels.sizes, key=lambda s: s.batch * s.frames * s.height * s.width)
     shape = (size.batch, size.frames, size.height, size.width, config.vae.in_channels)
     batch = {"pixels_BTHWC": np.zeros(shape, np.float32)}
+    if config.pixels.word_buckets:
+        batch["words_BV"] = np.zeros((size.batch, config.pixels.word_buckets), np.float32)
     if vae_adversarial.used(config):
         batch[vae_adversarial.STEP] = np.zeros(size.batch, np.int32)
     return task, batch
@@ -88,7 +90,13 @@ def init(config: RunConfig, model: VideoVAE, key):
     """Parameters in flax's boxes of logical axis names."""
     time, space = config.vae.compression.time, config.vae.compression.space
     pixels_BTHWC = np.zeros((1, 1 + time, space, space, config.vae.in_channels), np.float32)
-    return model.init(key, pixels_BTHWC)["params"]
+    return vae_words.init(config, model.init(key, pixels_BTHWC)["params"], key)
+
+
+def initial_params(config: RunConfig, workdir: str):
+    """`initial_vae.initial` with what is trained beside the VAE."""
+    given = initial_vae.initial(config, workdir)
+    return given and (lambda: vae_words.initial(config, given()))
 
 
 def init_from_blocks(config: RunConfig, model: VideoVAE, blocks, key):
@@ -148,48 +156,57 @@ def decoded(fingerprint: str, pixels: pixel_batches.PixelConfig) -> pixel_batche
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """A batch and what the VAE makes of it; last is the input of the decoder's last layer."""
+    """A batch and what the VAE makes of it; last is the input of the decoder's last layer, words
+    the nats by which the words of the captions are missed, where they are read."""
 
     pixels_BTHWC: jax.Array
     mean_BTHWC: jax.Array
     logvar_BTHWC: jax.Array
     again_BTHWC: jax.Array
     last_BTHWC: jax.Array
+    words: jax.Array | None
 
 
-def forward(model: VideoVAE, params, pixels_BTHWC, key, latent_noise: float = 0.0) -> Forward:
+def forward(config: RunConfig, model: VideoVAE, params, batch: dict, key) -> Forward:
     """Encodes, draws latents from the posterior, mixes noise in, decodes."""
-    pixels_BTHWC = to_float(pixels_BTHWC)
-    mean_BTHWC, logvar_BTHWC = model.apply({"params": params}, pixels_BTHWC, method="encode")
+    pixels_BTHWC = to_float(batch["pixels_BTHWC"])
+    network = {"params": vae_words.without(params)}
+    mean_BTHWC, logvar_BTHWC = model.apply(network, pixels_BTHWC, method="encode")
     logvar_BTHWC = jnp.clip(logvar_BTHWC, *_LOGVAR_RANGE)
     latents_BTHWC = (
         mean_BTHWC + jnp.exp(0.5 * logvar_BTHWC) * jax.random.normal(key, mean_BTHWC.shape))
-    if latent_noise:
-        latents_BTHWC = noised(latents_BTHWC, latent_noise, jax.random.fold_in(key, 2))
+    if config.vae_loss.latent_noise:
+        latents_BTHWC = noised(
+            latents_BTHWC, config.vae_loss.latent_noise, jax.random.fold_in(key, 2))
+    words = (vae_words.nats(config, params, latents_BTHWC, batch["words_BV"])
+             if vae_words.used(config) else None)
     again_BTHWC, kept = model.apply(
-        {"params": params}, latents_BTHWC, method="decode", mutable=["intermediates"],
+        network, latents_BTHWC, method="decode", mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name == "norm_out")
     last_BTHWC = nn.silu(kept["intermediates"]["decoder"]["norm_out"]["__call__"][0])
-    return Forward(pixels_BTHWC, mean_BTHWC, logvar_BTHWC, again_BTHWC, last_BTHWC)
+    return Forward(pixels_BTHWC, mean_BTHWC, logvar_BTHWC, again_BTHWC, last_BTHWC, words)
 
 
 def noised(latents_BTHWC, most: float, key):
     """Latents on their way to noise of their own size, each clip at a time up to `most`: what the
     decoder then restores is what a diffusion model need not get right, and the encoder learns
-    latents that tell their clip through noise.
+    latents that tell their clip through noise. Most times are early ones, squares of uniform draws:
+    under more noise fine detail is never seen, and would never be learned.
 
-    Source: Yang et al. 2025, "Latent denoising makes good tokenizers", arXiv 2507.15856, section 3.
+    Source: Yang et al. 2025, "Latent denoising makes good tokenizers", arXiv 2507.15856, section 3,
+    with uniform times.
     """
     of_time, of_noise = jax.random.split(key)
-    time_B1111 = most * jax.random.uniform(of_time, (len(latents_BTHWC), 1, 1, 1, 1))
+    time_B1111 = most * jnp.square(jax.random.uniform(of_time, (len(latents_BTHWC), 1, 1, 1, 1)))
     size = jnp.sqrt(jnp.square(latents_BTHWC).mean())
     noise_BTHWC = size * jax.random.normal(of_noise, latents_BTHWC.shape)
     return (1 - time_B1111) * latents_BTHWC + time_B1111 * noise_BTHWC
 
 
 def losses(config: RunConfig, perceptual, seen: Forward, key):
-    """(loss of the reconstruction, weighted KL, scalars of the batch): kl (nats), psnr (dB),
-    posterior_std (of a latent value), and the terms of vae_losses.pixel_terms."""
+    """(loss of the reconstruction, weighted KL and words, scalars of the batch): kl (nats), psnr
+    (dB), posterior_std (of a latent value), the terms of vae_losses.pixel_terms, and words (nats of
+    a clip) where they are read."""
     pixel_loss, scalars = vae_losses.pixel_terms(
         config.vae_loss, perceptual, seen.again_BTHWC, seen.pixels_BTHWC,
         jax.random.fold_in(key, 1))
@@ -197,7 +214,11 @@ def losses(config: RunConfig, perceptual, seen: Forward, key):
     square = jnp.square(seen.again_BTHWC - seen.pixels_BTHWC).mean()
     kl_loss = config.vae_loss.kl_weight * vae_losses.kl_with_free_nats(
         kl_BTHWC, config.vae_loss.free_nats)
-    return pixel_loss, kl_loss, {
+    other_loss = kl_loss
+    if seen.words is not None:
+        scalars["words"] = seen.words
+        other_loss = kl_loss + config.vae_loss.words_weight * seen.words
+    return pixel_loss, other_loss, {
         **scalars,
         "kl": kl_BTHWC.mean(),
         "psnr": 10 * jnp.log10(4 / jnp.maximum(square, 1e-10)),
@@ -207,10 +228,11 @@ def losses(config: RunConfig, perceptual, seen: Forward, key):
 
 
 def loss(config: RunConfig, model: VideoVAE, perceptual, params, batch: dict, key):
-    """Loss of the reconstruction + kl_weight * mean KL of a latent value, and scalars."""
-    seen = forward(model, params, batch["pixels_BTHWC"], key, config.vae_loss.latent_noise)
-    pixel_loss, kl_loss, scalars = losses(config, perceptual, seen, key)
-    return pixel_loss + kl_loss, scalars
+    """Loss of the reconstruction + kl_weight * mean KL of a latent value + words_weight * nats of
+    a clip's words, and scalars."""
+    seen = forward(config, model, params, batch, key)
+    pixel_loss, other_loss, scalars = losses(config, perceptual, seen, key)
+    return pixel_loss + other_loss, scalars
 
 
 def completed(config: RunConfig, model: VideoVAE, task: Task) -> Task:
@@ -220,7 +242,7 @@ def completed(config: RunConfig, model: VideoVAE, task: Task) -> Task:
     if not vae_adversarial.used(config):
         return task
     return vae_adversarial.with_discriminator(
-        config, task, functools.partial(forward, model, latent_noise=config.vae_loss.latent_noise),
+        config, task, functools.partial(forward, config, model),
         functools.partial(losses, config, perceptual))
 
 
@@ -232,7 +254,8 @@ def freeze(config: RunConfig, params, workdir: str) -> FrozenVAE:
 
 def freeze_with(config: RunConfig, train: Source, params, workdir: str) -> FrozenVAE:
     """`freeze` on an open dataset."""
-    params = jax.tree.map(jnp.asarray, jax.device_get(vae_adversarial.vae_params(params)))
+    params = vae_words.without(vae_adversarial.vae_params(params))
+    params = jax.tree.map(jnp.asarray, jax.device_get(params))
     if card := initial_vae.begun(workdir):
         mean_C, std_C, channel_std_C = initial_vae.statistics_of(card)
     else:

@@ -42,7 +42,7 @@ def vae_params(params):
 def with_discriminator(config: RunConfig, task: Task, forward, losses) -> Task:
     """The task of a VAE (see tasks/vae.py) with a discriminator beside it.
 
-    forward(vae_params, pixels, key) -> tasks.vae.Forward; losses(forward, key) -> (pixel loss,
+    forward(vae_params, batch, key) -> tasks.vae.Forward; losses(forward, key) -> (pixel loss,
     other loss, scalars), the first without the terms that the reconstruction does not enter.
     """
     check(config)
@@ -111,7 +111,7 @@ def loss(config: RunConfig, forward, losses, params, batch: dict, key):
     discriminator_loss, real_logit, fake_logit, adversarial_weight (0 before start_step)."""
     adversarial = config.vae_loss.adversarial
     model = PatchDiscriminator(adversarial.discriminator)
-    seen = forward(params["vae"], batch["pixels_BTHWC"], key)
+    seen = forward(params["vae"], batch, key)
     pixel_loss, other_loss, scalars = losses(seen, key)
 
     def both_sides():

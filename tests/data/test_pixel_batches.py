@@ -7,6 +7,7 @@ import pytest
 
 from sora_jax.core.errors import UserError
 from sora_jax.data import transforms
+from sora_jax.data.caption_words import word_buckets
 from sora_jax.data.decode import encode_video
 from sora_jax.data.pixel_batches import DecodedCache, PixelConfig, PixelSize, pixel_batches
 
@@ -34,7 +35,8 @@ class Clips:
         self.reads += 1
         if index in self.lost:
             raise OSError("a bad sector")
-        return types.SimpleNamespace(id=f"clip-{index}", video_bytes=self.videos[index])
+        return types.SimpleNamespace(id=f"clip-{index}", video_bytes=self.videos[index],
+                                     captions=(f"word{index}", "shown"))
 
 
 @pytest.fixture
@@ -94,6 +96,33 @@ def test_clips_are_shrunk_alike_in_height_and_width_by_random_factors(clips):
     right = np.diff(middle[..., 1], axis=2).mean(axis=(1, 2)) / 1.5
     np.testing.assert_allclose(down, right, rtol=0.06)  # source pixels in one pixel
     assert down.min() < 1.3 and down.max() > 3 and down.max() < 96 / 24 * 1.1
+
+
+def test_words_are_those_of_the_drawn_clip():
+    clips = Clips([(1, 16, 16)] * 4)  # whole clips, so that pixels tell which it is
+    loader = batches(clips, config={"sizes": (PixelSize(1, 16, 16, 1.0, 8),), "word_buckets": 64})
+    told = np.stack([word_buckets(clips[i].captions, 64) for i in range(4)])
+    drawn = set()
+    for step in range(3):
+        batch = loader.batch(step)
+        for pixels, words in zip(batch["pixels_BTHWC"], batch["words_BV"], strict=True):
+            index, = (i for i in range(4)
+                      if np.array_equal(transforms.to_uint8(pixels), clips.pixels[i]))
+            np.testing.assert_array_equal(words, told[index])
+            drawn.add(index)
+    assert len(drawn) == 4 and (told[0] != told[1]).any()
+
+
+def test_without_crops_a_size_takes_clips_of_exactly_its_size():
+    clips = Clips([(5, 16, 16), (5, 16, 24), (5, 24, 16)])
+    sizes = (PixelSize(5, 16, 24, 1.0, 4), PixelSize(5, 24, 16, 1.0, 4))
+    loader = batches(clips, config={"sizes": sizes, "crop": False})
+    for step in range(6):
+        own = clips.pixels[1 + sizes.index(loader.size(step))]
+        for pixels in loader.batch(step)["pixels_BTHWC"]:
+            np.testing.assert_array_equal(transforms.to_uint8(pixels), own)
+    with pytest.raises(UserError, match="no record is 5 frames of 24x24 .* or set pixels.crop"):
+        batches(clips, config={"sizes": (PixelSize(5, 24, 24, 1.0, 4),), "crop": False})
 
 
 def test_hosts_share_the_global_batch(clips):

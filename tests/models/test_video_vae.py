@@ -23,7 +23,7 @@ SHORTCUTS = dataclasses.replace(
 BLOCKS = VideoVAEConfig(
     encoder_dims=(8,), decoder_dims=(8,), z_dim=3, temporal_downsample=(), num_res_blocks=1,
     patch_size=4, patch_frames=2, block_shortcut=True)
-IN_CONTEXT = dataclasses.replace(BLOCKS, context_blocks=(1, 2), context_width=4)
+IN_CONTEXT = dataclasses.replace(BLOCKS, context_blocks=(1, 2), context_width=4, out_width=6)
 
 
 def compiled(function):
@@ -98,7 +98,7 @@ def test_sizes_that_do_not_divide_are_refused(shape):
     {"encoder_dims": (4, 8)}, {"temporal_downsample": (True,)}, {"temporal_kernels": (1, 2, 3)},
     {"patch_frames": 2}, {"num_mid_blocks": 3}, {"encoder_dims": (4, 8, 12)}, {"z_dim": 0},
     {"residual": False, "decoder_dims": (4, 7, 8)}, {"context_blocks": (1, 1)},
-    {"context_width": 0},
+    {"context_width": 0}, {"out_width": 8},
 ])
 def test_impossible_configs_are_refused(changes):
     with pytest.raises(UserError):

@@ -63,7 +63,7 @@ def test_noise_on_latents_keeps_their_size_and_goes_up_to_its_share():
     latents = latents.at[:256].multiply(2)  # clips differ in size, the noise has that of all
     mixed = vae.noised(latents, 0.6, jax.random.key(1))
     kept = (mixed * latents).sum((1, 2, 3, 4)) / jnp.square(latents).sum((1, 2, 3, 4))
-    assert 0.27 < 1 - kept.mean() < 0.33
+    assert 0.17 < 1 - kept.mean() < 0.23  # a third of the share: squares of uniform draws
     rest = mixed - kept[:, None, None, None, None] * latents
     size = float(jnp.sqrt(jnp.square(latents).mean()))
     most = jnp.sqrt(jnp.square(rest).mean((1, 2, 3, 4))).max()
@@ -135,14 +135,16 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_kernel():
     model = VideoVAE(config.vae)
     params = sharding.unbox(vae.init(config, model, jax.random.key(0)))
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 8, 8, 3)).astype(np.float32)
-    seen = vae.forward(model, params, pixels, jax.random.key(1))
+    batch = {"pixels_BTHWC": pixels}
+    seen = vae.forward(config, model, params, batch, jax.random.key(1))
     functions = (lambda x: jnp.abs(x - pixels).mean(), lambda x: jnp.sin(3 * x).mean())
     kernel = params["decoder"]["conv_out"]["kernel"]
 
     def through_the_vae(kernel, function):
         last = {**params["decoder"]["conv_out"], "kernel": kernel}
         changed = {**params, "decoder": {**params["decoder"], "conv_out": last}}
-        return function(vae.forward(model, changed, pixels, jax.random.key(1)).again_BTHWC)
+        return function(
+            vae.forward(config, model, changed, batch, jax.random.key(1)).again_BTHWC)
 
     lengths = [jnp.linalg.norm(jax.grad(through_the_vae)(kernel, f)) for f in functions]
     got = vae_adversarial.adaptive_weight(config, seen, kernel, *functions)
