@@ -1,6 +1,7 @@
 """A trained VAE beside bicubic rescaling, JPEG and H.264, on the clips its evaluation judges.
 
-    python benchmarks/vae_references.py --workdir=runs/vae_folder [--bits=8] [--clips=0] [--out=FILE]
+    python benchmarks/vae_references.py --workdir=runs/vae_folder [--bits=8] [--clips=0]
+        [--out=FILE]
 
 All of them store the same clips: the held-out windows of WORKDIR's evaluation, at the same frames
 and size, uint8. Bicubic may keep as many numbers (of 8 bits) as the VAE has latent values: latent

@@ -17,6 +17,9 @@ def get_config(arg: str = ""):
     config.task = "features"
     config.features.channels = (16, 32, 48)
     config.sampling.num_clips = 0
+    config.pixels.update({"crop": True, "word_buckets": 0})
+    config.vae_loss.words_weight = 0.0
+    config.optim.update({"optimizer": "adamw", "learning_rate": 1e-3})
     config.pixels.sizes = (
         {"frames": 1, "height": 48, "width": 48, "weight": 0.3, "batch": 32},
         {"frames": 9, "height": 32, "width": 32, "weight": 0.7, "batch": 16},

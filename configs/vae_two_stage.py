@@ -26,6 +26,8 @@ def get_config(arg: str = ""):
     small = arg.endswith("runlocal")
     config = VAE["get_config"]("runlocal" if small else "")
     config.pixels.resize_share = 1.0  # large clips are seen whole on small pixels, too
+    config.pixels.update({"crop": True, "word_buckets": 0})
+    config.vae_loss.words_weight = 0.0  # captions tell of whole clips
     if not small:
         config.num_steps = 5000
     config.pixels.sizes = sizes(16 if small else 32, small)

@@ -77,8 +77,8 @@ class DecodedCache:
 class PixelBatches:
     """`batch(step)` is a pure function of the step: {"pixels_BTHWC": float32 in [-1, 1]}, this
     process's share of the global batch, with config.word_buckets also "words_BV" (see
-    caption_words.py) of all captions of the clips. A record that cannot be read is replaced by another draw
-    and counted against a budget."""
+    caption_words.py) of all captions of the clips. A record that cannot be read is replaced by
+    another draw and counted against a budget."""
 
     def __init__(self, source, config: PixelConfig, seed: int, num_steps: int, process_index: int,
                  process_count: int, max_unreadable: int, num_threads: int, num_prefetch: int,

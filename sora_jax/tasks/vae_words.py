@@ -11,7 +11,6 @@ generation" (VA-VAE, arXiv 2501.01423), with captions in place of a foundation m
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
