@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "diffusion"  # diffusion | distill | vae | features
     config.seed = 0
-    config.num_steps = 1600
+    config.num_steps = 1900
     config.log_every_steps = 20
 
     config.data = ConfigDict({
@@ -145,7 +145,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.diffusion = ConfigDict({
         "time_mean": 0.0,  # of the logit-normal times
         "time_std": 1.0,
-        "base_shift": 3.0,  # of the times of a clip of base_tokens tokens
+        "base_shift": 4.0,  # of the times of a clip of base_tokens tokens
         "base_tokens": 40.0,
         "shift_by_size": True,  # the shift grows with the clip; False: base_shift for every clip
         "precondition": True,  # the network learns what is not Gaussian; False: the velocity itself
