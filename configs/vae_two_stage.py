@@ -28,6 +28,7 @@ def get_config(arg: str = ""):
     config.pixels.resize_share = 1.0  # large clips are seen whole on small pixels, too
     config.pixels.update({"crop": True, "word_buckets": 0})
     config.vae_loss.words_weight = 0.0  # captions tell of whole clips
+    config.optim.update({"optimizer": "adamw", "learning_rate": 1e-3})
     if not small:
         config.num_steps = 5000
     config.pixels.sizes = sizes(16 if small else 32, small)
