@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
     config.packing.row_text = 2048
     config.packing.caption_tokens = 448
     config.packing.rows = 2
-    config.diffusion.base_tokens = 120.0
+    config.diffusion.update({"base_tokens": 120.0, "base_shift": 3.0})
     if arg == "runlocal":
         config.data.max_frames = 9
         config.data.max_windows = 2

@@ -2,7 +2,7 @@
 
 Command:  python -m sora_jax.train --config=configs/vae.py
 Time:     45 minutes on two CPU cores
-Result:   29.9 dB PSNR and 0.89 SSIM on 64 held-out clips (seed 0); colour, shape and direction are
+Result:   29.8 dB PSNR and 0.88 SSIM on 64 held-out clips (seed 0); colour, shape and direction are
           still read right in three of four reconstructed clips, and in two of three where noise of
           0.6 lies on the latents (docs/results.md)
 """
