@@ -161,7 +161,7 @@ def test_a_teacher_of_other_times_is_refused_by_name(tiny, tmp_path):
     run_config.claim_workdir(run_config.resolve(there), str(tmp_path))
     config = dataclasses.replace(
         tiny.config, init=dataclasses.replace(tiny.config.init, weights=str(tmp_path)))
-    with pytest.raises(UserError, match="diffusion.base_shift is 2.0 there and 3.0 here"):
+    with pytest.raises(UserError, match="diffusion.base_shift is 2.0 there and 4.0 here"):
         distill.check_teacher(config, tiny.vae)
     nowhere = dataclasses.replace(config, init=dataclasses.replace(config.init, weights="none/w"))
     with pytest.raises(UserError, match="'none/w', the teacher, does not exist; train it first"):

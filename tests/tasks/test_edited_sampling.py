@@ -12,6 +12,7 @@ from configs import base
 from sora_jax import run_config
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import VideoSpec
+from sora_jax.data.moving_shapes.world import ShapesSpec, generate
 from sora_jax.diffusion import editing as noises
 from sora_jax.tasks import diffusion, editing
 from sora_jax.tasks.editing import Editor
@@ -191,9 +192,8 @@ def test_slerp_keeps_the_spread_of_noise_and_pooled_noise_is_noise():
 def test_kept_frames_are_the_reconstruction_by_the_vae(tiny):
     sampler, params = tiny
     editor = Editor(sampler, params, "a red circle", 8.0, seed=0, window_frames=9)
-    ramp = np.linspace(40, 200, 32)
-    pixels = np.stack([np.broadcast_to((ramp + 5 * t)[:, None, None], (32, 32, 3))
-                       for t in range(5)]).astype(np.uint8)
+    spec = ShapesSpec(sizes=((32, 32, 1.0),), frames=((5, 1.0),))
+    pixels = generate(1, 1, spec).pixels_THWC
     out = editing.extended(editor, pixels, 9, "forward")
     np.testing.assert_array_equal(out[:5], editing.reconstructed(editor, pixels))
     window = editing.filled(
