@@ -114,7 +114,7 @@ def test_words_are_those_of_the_drawn_clip():
 
 
 def test_without_crops_a_size_takes_clips_of_exactly_its_size():
-    clips = Clips([(5, 16, 16), (5, 16, 24), (5, 24, 16)])
+    clips = Clips([(5, 16, 16), (5, 16, 24), (5, 24, 16), (5, 32, 32)])
     sizes = (PixelSize(5, 16, 24, 1.0, 4), PixelSize(5, 24, 16, 1.0, 4))
     loader = batches(clips, config={"sizes": sizes, "crop": False})
     for step in range(6):
