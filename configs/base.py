@@ -1,7 +1,7 @@
 """Text to video on the procedural world moving_shapes: needs no data, no download, no accelerator.
 
 Command:  python -m sora_jax.train --config=configs/base.py
-Time:     about 20 minutes on two CPU cores, evaluation included (docs/results.md)
+Time:     25 minutes on two CPU cores with tests beside it (docs/results.md); meant for 20
 Result:   coherent things of the right colour, of which two of three move the right way; outlines
           not yet: on 128 held-out prompts with seed 0 colour is right in 97 %, direction in 68 %,
           shape in 6 %, and all three (prompt_match) in 5.5 %. The goal is 85 %; the latents allow
@@ -250,7 +250,6 @@ def get_config(arg: str = "") -> ConfigDict:
         "target_fps": None,  # faster clips are thinned to it; None keeps every rate
         "resize_share": 0.0,  # share of clips shrunk at random before they are cropped
         "crop": True,  # False: a size takes clips of exactly its height and width
-        "word_buckets": 0,  # of captions, for vae_loss.words_weight; 0 = none
         "segment_frames": 64,
         "cache_bytes": 2**30,
     })

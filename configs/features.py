@@ -17,7 +17,7 @@ def get_config(arg: str = ""):
     config.task = "features"
     config.features.channels = (16, 32, 48)
     config.sampling.num_clips = 0
-    config.pixels.update({"crop": True, "word_buckets": 0})
+    config.pixels.crop = True
     config.vae_loss.words_weight = 0.0
     config.optim.update({"optimizer": "adamw", "learning_rate": 1e-3})
     config.pixels.sizes = (

@@ -19,26 +19,17 @@ def get_config(arg: str = ""):
     config.task = "vae"
     config.num_steps = 10_000
 
-    config.vae.encoder_dims = (192,)
-    config.vae.decoder_dims = (192,)
-    config.vae.temporal_downsample = ()
-    config.vae.temporal_kernels = ()
-    config.vae.patch_size = 8
-    config.vae.patch_frames = 4
-    config.vae.z_dim = 16
+    of_blocks(config.vae)
+    config.vae.encoder_dims = config.vae.decoder_dims = (192,)
     config.vae.num_res_blocks = 0
     # Words and outlines are matters of whole shapes, which cover several latents.
     config.vae.context_blocks = (3, 4)
     config.vae.out_width = 384
-    config.vae.residual = False
-    config.vae.block_shortcut = True
-    config.vae.product_dtype = "bfloat16"
     config.vae_loss.reconstruction = "l2"  # outlines before the grain of backgrounds
     config.vae_loss.kl_weight = 2e-6
     # Latents that say loudly, through noise, what a diffusion model has to decide.
     config.vae_loss.latent_noise = 0.8
     config.vae_loss.words_weight = 1e-3
-    config.pixels.word_buckets = 1024
     config.pixels.crop = False  # captions tell of whole clips
     config.pixels.sizes = (
         {"frames": 1, "height": 32, "width": 32, "weight": 0.03, "batch": 64},
@@ -72,3 +63,10 @@ def get_config(arg: str = ""):
         )
         config.sampling.first_step = 0
     return config
+
+
+def of_blocks(vae) -> None:
+    """Makes config.vae a VAE of blocks: 4x8x8 compression, 16 channels."""
+    vae.update({
+        "temporal_downsample": (), "temporal_kernels": (), "patch_size": 8, "patch_frames": 4,
+        "z_dim": 16, "residual": False, "block_shortcut": True, "product_dtype": "bfloat16"})

@@ -10,27 +10,20 @@ Result:   30.1 dB PSNR on held-out clips of a folder of 60 (seed 0, docs/results
 import pathlib
 import runpy
 
-BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
+VAE = runpy.run_path(str(pathlib.Path(__file__).with_name("vae.py")))
 
 
 def get_config(arg: str = ""):
     """A VAE of blocks on a folder. arg "runlocal" shrinks everything to a trial."""
-    config = BASE["get_config"](arg)
+    config = VAE["BASE"]["get_config"](arg)
     config.task = "vae"
     config.data.dataset = "video_folder"
     config.data.max_pixels = 128 * 128
     config.data.max_windows = 2  # of each held-out clip it is judged on
 
+    VAE["of_blocks"](config.vae)
     config.vae.encoder_dims = (320,)
     config.vae.decoder_dims = (432,)
-    config.vae.temporal_downsample = ()
-    config.vae.temporal_kernels = ()
-    config.vae.patch_size = 8
-    config.vae.patch_frames = 4
-    config.vae.z_dim = 16
-    config.vae.residual = False
-    config.vae.block_shortcut = True
-    config.vae.product_dtype = "bfloat16"
     config.vae_loss.reconstruction = "l2"
     config.vae_loss.kl_weight = 1e-5
     config.pixels.resize_share = 1.0  # filmed clips are large: see them whole as well as close

@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
     small = arg.endswith("runlocal")
     config = VAE["get_config"]("runlocal" if small else "")
     config.pixels.resize_share = 1.0  # large clips are seen whole on small pixels, too
-    config.pixels.update({"crop": True, "word_buckets": 0})
+    config.pixels.crop = True
     config.vae_loss.words_weight = 0.0  # captions tell of whole clips
     config.optim.update({"optimizer": "adamw", "learning_rate": 1e-3})
     if not small:

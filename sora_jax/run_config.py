@@ -216,9 +216,6 @@ def resolve(mapping) -> RunConfig:
         raise UserError(f"init.weights = {config.init.weights!r}, init.patch = "
                         f"{config.init.patch!r}: task {config.task!r} cannot use them; leave both "
                         "empty (a VAE takes init.weights alone)")
-    if config.vae_loss.words_weight and not config.pixels.word_buckets:
-        raise UserError(f"vae_loss.words_weight = {config.vae_loss.words_weight} needs words; set "
-                        "pixels.word_buckets to some 1024")
     if config.vae_train not in VAE_PARTS:
         raise UserError(f"vae_train = {config.vae_train!r} is unknown; allowed: "
                         f"{', '.join(VAE_PARTS)}")

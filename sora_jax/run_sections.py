@@ -62,7 +62,7 @@ class VAELossConfig:
     free_nats: float = 0.0  # KL of a latent channel (mean per value) that costs nothing
     latent_noise: float = 0.0  # up to this share of a clip's latents is noise when decoded
     # Of the nats by which the words of a clip's captions are missed when they are read from its
-    # latents, noise included; the words fall into pixels.word_buckets.
+    # latents, noise included.
     words_weight: float = 0.0
     temporal_weight: float = 0.0  # of the error of changes from frame to frame
     perceptual: str = ""  # "lpips:FILE", "distortion:FILE" or "" (none); see tasks/perceptual.py

@@ -38,7 +38,6 @@ class PixelConfig:
     crop: bool = True  # False: a size takes records of exactly its height and width
     segment_frames: int = 64  # longer records are decoded and kept in segments of this length
     cache_bytes: int = 2**30  # of decoded pixels kept in memory
-    word_buckets: int = 0  # that the words of captions fall into; 0 = batches without words
 
     def __post_init__(self):
         if not self.sizes:
@@ -76,13 +75,13 @@ class DecodedCache:
 
 class PixelBatches:
     """`batch(step)` is a pure function of the step: {"pixels_BTHWC": float32 in [-1, 1]}, this
-    process's share of the global batch, with config.word_buckets also "words_BV" (see
+    process's share of the global batch, with word_buckets also "words_BV" (see
     caption_words.py) of all captions of the clips. A record that cannot be read is replaced by
     another draw and counted against a budget."""
 
     def __init__(self, source, config: PixelConfig, seed: int, num_steps: int, process_index: int,
                  process_count: int, max_unreadable: int, num_threads: int, num_prefetch: int,
-                 cache: DecodedCache | None):
+                 cache: DecodedCache | None, word_buckets: int):
         if not len(source):
             raise UserError("the dataset has no clips: there are no pixels to train on")
         for size in config.sizes:
@@ -93,7 +92,7 @@ class PixelBatches:
         self._process = process_index, process_count
         self._budget = UnreadableBudget(max_unreadable, "the dataset")
         self._cache = DecodedCache(config.cache_bytes) if cache is None else cache
-        self._words = {}
+        self._num_buckets, self._words = word_buckets, {}
         self._plan_records()
 
     def __len__(self):
@@ -111,7 +110,7 @@ class PixelBatches:
         index, count = self._process
         rows = range(size.batch // count * index, size.batch // count * (index + 1))
         pixels = np.zeros((len(rows), size.frames, size.height, size.width, 3), np.float32)
-        words = np.zeros((len(rows), self._config.word_buckets), np.float32)
+        words = np.zeros((len(rows), self._num_buckets), np.float32)
         for local, row in enumerate(rows):
             drawn = self._draw(size, numpy_stream(self._seed, "pixel_clip", step, row))
             if drawn is not None:
@@ -178,11 +177,11 @@ class PixelBatches:
         return None
 
     def _words_of(self, record):
-        if not self._config.word_buckets:
+        if not self._num_buckets:
             return ()
         if record not in self._words:
             self._words[record] = word_buckets(
-                self._source[record].captions, self._config.word_buckets).astype(bool)
+                self._source[record].captions, self._num_buckets).astype(bool)
         return self._words[record]
 
     def _decode(self, record, first, length):
@@ -215,11 +214,12 @@ def pixel_batches(
     num_threads: int = 2,
     num_prefetch: int = 4,
     cache: DecodedCache | None = None,
+    word_buckets: int = 0,
 ) -> PixelBatches:
     """Pixel batches of a dataset. Raises UserError where a size fits no record.
 
     cache: shared by batches of the same source and config, however else they differ; None = its
-    own.
+    own. word_buckets: that the words of captions fall into; 0 = batches without words.
     """
     return PixelBatches(source, config, seed, num_steps, process_index, process_count,
-                        max_unreadable, num_threads, num_prefetch, cache)
+                        max_unreadable, num_threads, num_prefetch, cache, word_buckets)

@@ -40,6 +40,7 @@ def build(config: RunConfig, workdir: str) -> Task:
         train, config.pixels, config.seed, config.num_steps,
         jax.process_index(), jax.process_count(),
         cache=decoded(train.fingerprint, config.pixels),
+        word_buckets=vae_words.buckets(config),
     )
     make_params = functools.partial(init, config, model)
     if config.vae.block_shortcut and not config.init.weights:
@@ -65,8 +66,8 @@ def outline(config: RunConfig) -> tuple[Task, dict]:
     size = max(config.pixels.sizes, key=lambda s: s.batch * s.frames * s.height * s.width)
     shape = (size.batch, size.frames, size.height, size.width, config.vae.in_channels)
     batch = {"pixels_BTHWC": np.zeros(shape, np.float32)}
-    if config.pixels.word_buckets:
-        batch["words_BV"] = np.zeros((size.batch, config.pixels.word_buckets), np.float32)
+    if vae_words.used(config):
+        batch["words_BV"] = np.zeros((size.batch, vae_words.BUCKETS), np.float32)
     if vae_adversarial.used(config):
         batch[vae_adversarial.STEP] = np.zeros(size.batch, np.int32)
     return task, batch
@@ -178,7 +179,7 @@ def forward(config: RunConfig, model: VideoVAE, params, batch: dict, key) -> For
     if config.vae_loss.latent_noise:
         latents_BTHWC = noised(
             latents_BTHWC, config.vae_loss.latent_noise, jax.random.fold_in(key, 2))
-    words = (vae_words.nats(config, params, latents_BTHWC, batch["words_BV"])
+    words = (vae_words.nats(params, latents_BTHWC, batch["words_BV"])
              if vae_words.used(config) else None)
     again_BTHWC, kept = model.apply(
         network, latents_BTHWC, method="decode", mutable=["intermediates"],

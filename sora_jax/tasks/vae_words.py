@@ -20,10 +20,16 @@ from sora_jax.models.words_head import WordsHead
 from sora_jax.run_config import RunConfig
 
 NAME = "words"
+BUCKETS = 1024  # that words fall into; few captions' words share one
 
 
 def used(config: RunConfig) -> bool:
     return config.vae_loss.words_weight > 0
+
+
+def buckets(config: RunConfig) -> int:
+    """How many the batches have words in; 0 = they need none."""
+    return BUCKETS if used(config) else 0
 
 
 def init(config: RunConfig, params, key):
@@ -31,13 +37,15 @@ def init(config: RunConfig, params, key):
     if not used(config):
         return params
     latents_BTHWC = np.zeros((1, 1, 1, 1, config.vae.z_dim), np.float32)
-    head = WordsHead(config.pixels.word_buckets).init(
+    head = WordsHead(BUCKETS).init(
         jax.random.fold_in(key, 2), latents_BTHWC)["params"]
     return {**params, NAME: head}
 
 
 def initial(config: RunConfig, given):
     """Given parameters of a VAE with those of a fresh head, where there is one."""
+    if not used(config):
+        return given
     fresh = jax.jit(lambda key: init(config, {}, key))(stream(config.seed, "init"))
     return {**given, **jax.device_get(sharding.unbox(fresh))}
 
@@ -47,7 +55,7 @@ def without(params):
     return {name: part for name, part in params.items() if name != NAME}
 
 
-def nats(config: RunConfig, params, latents_BTHWC, words_BV):
+def nats(params, latents_BTHWC, words_BV):
     """Mean over clips of the nats by which their words are missed, summed over the buckets."""
-    logits_BV = WordsHead(config.pixels.word_buckets).apply({"params": params[NAME]}, latents_BTHWC)
+    logits_BV = WordsHead(BUCKETS).apply({"params": params[NAME]}, latents_BTHWC)
     return optax.sigmoid_binary_cross_entropy(logits_BV, words_BV).sum(1).mean()

@@ -100,7 +100,8 @@ def test_clips_are_shrunk_alike_in_height_and_width_by_random_factors(clips):
 
 def test_words_are_those_of_the_drawn_clip():
     clips = Clips([(1, 16, 16)] * 4)  # whole clips, so that pixels tell which it is
-    loader = batches(clips, config={"sizes": (PixelSize(1, 16, 16, 1.0, 8),), "word_buckets": 64})
+    loader = batches(clips, config={"sizes": (PixelSize(1, 16, 16, 1.0, 8),)},
+                     word_buckets=64)
     told = np.stack([word_buckets(clips[i].captions, 64) for i in range(4)])
     drawn = set()
     for step in range(3):

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 
 from sora_jax import optim, run_config, sharding
-from sora_jax.core.errors import UserError
 from sora_jax.core.tree import flatten
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.tasks import vae, vae_adversarial, vae_words
 from sora_jax.train_step import make_step, state_functions
 
 ROOT = pathlib.Path(__file__).parents[2]
-BUCKETS = 32
 
 
 def config_with(**changes):
@@ -25,7 +23,6 @@ def config_with(**changes):
     config.vae.update({"encoder_dims": (16,), "decoder_dims": (16,), "patch_size": 4,
                        "patch_frames": 2, "z_dim": 4, "context_blocks": (1, 1)})
     config.pixels.sizes = ({"frames": 3, "height": 8, "width": 8, "weight": 1.0, "batch": 8},)
-    config.pixels.word_buckets = BUCKETS
     config.vae_loss.update({"words_weight": 0.01, "latent_noise": 0.5})
     config.optim.update({"learning_rate": 5e-3, "warmup_steps": 0})
     config.num_steps = 200
@@ -38,7 +35,7 @@ def batch(step):
     """Still clips of one of two brightnesses, which two words name."""
     bright_B = np.random.default_rng(step).integers(0, 2, 8)
     pixels = np.broadcast_to((bright_B * 2.0 - 1)[:, None, None, None, None] * 0.5, (8, 3, 8, 8, 3))
-    words = np.zeros((8, BUCKETS), np.float32)
+    words = np.zeros((8, vae_words.BUCKETS), np.float32)
     words[np.arange(8), 3 + bright_B] = 1
     return {"pixels_BTHWC": pixels.astype(np.float32), "words_BV": words}
 
@@ -100,10 +97,3 @@ def test_given_weights_get_a_fresh_head():
     begun = vae_words.initial(config, given)
     assert set(begun) == {"encoder", "words"} and begun["encoder"] is given["encoder"]
     assert vae_words.initial(config_with(words_weight=0.0), given) == given
-
-
-def test_words_need_buckets():
-    config = runpy.run_path(str(ROOT / "configs/vae.py"))["get_config"]("runlocal")
-    config.vae_loss.words_weight, config.pixels.word_buckets = 0.01, 0
-    with pytest.raises(UserError, match="words_weight = 0.01 needs words; set pixels.word_buckets"):
-        run_config.resolve(config)
