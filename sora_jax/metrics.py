@@ -123,8 +123,8 @@ class MetricWriter:
     def write(self, step: int, metrics: dict[str, float], events_only=None) -> None:
         """One line of JSON and one point per curve.
 
-        events_only: further scalars for TensorBoard and speeds.jsonl, such as speeds: the other
-        lines hold only what a repetition of the run gives again.
+        events_only: further scalars for TensorBoard and speeds.jsonl, such as speeds and norms of
+        parts: the other lines stay short and hold only what a repetition of the run gives again.
         """
         if self._lines is None:
             return

@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sora_jax import (
+    block_norms,
     checkpoint,
     eval_job,
     metrics,
@@ -165,9 +166,9 @@ def log(fetched, writer, progress, times=None) -> None:
     """Writes and prints the scalars of a step, where there are any; times(): of `timing_of`."""
     if fetched is None:
         return
-    step, scalars = fetched
+    step, (scalars, norms) = fetched[0], block_norms.parted(fetched[1])
     speeds = progress.speeds(step, scalars)
-    writer.write(step, scalars, events_only={**speeds, **(times() if times else {})})
+    writer.write(step, scalars, events_only={**speeds, **norms, **(times() if times else {})})
     print(progress.line(step, scalars, speeds), flush=True)
 
 

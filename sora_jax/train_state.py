@@ -7,6 +7,7 @@ import optax
 
 from sora_jax import frozen as frozen_part
 from sora_jax import optim
+from sora_jax.block_norms import block_norms
 
 
 @flax.struct.dataclass
@@ -59,8 +60,9 @@ def ema_decay_at(ema_decay: float, num_updates):
 def apply_gradients(
     state: TrainState, grads, tx: optax.GradientTransformation, ema_decay: float, loss=0.0
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after one batch, and float32 scalars `grad_norm` (before clipping) and
-    `num_skipped`. Where the optimizer averages by itself ema_params are its average.
+    """The state after one batch, and float32 scalars: `grad_norm` (before clipping), those of
+    block_norms.py, and `num_skipped`. Where the optimizer averages by itself ema_params are its
+    average.
 
     A batch whose gradient norm or loss is not finite changes nothing but the two counters: the
     data moves on, the learning-rate schedule (which counts updates) does not.
@@ -87,4 +89,5 @@ def apply_gradients(
         opt_state=keep(opt_state, state.opt_state),
         num_skipped=num_skipped,
     )
-    return new_state, {"grad_norm": grad_norm, "num_skipped": num_skipped.astype(jnp.float32)}
+    return new_state, {"grad_norm": grad_norm, **block_norms(grads),
+                       "num_skipped": num_skipped.astype(jnp.float32)}

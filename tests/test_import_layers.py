@@ -19,6 +19,7 @@ LAYERS = {
     "parameter_groups": 2,
     "lora": 2,
     "frozen": 2,
+    "block_norms": 2,
     "train_state": 2,
     "checkpoint": 2,
     "checkpoint_step": 2,
