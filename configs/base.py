@@ -160,6 +160,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "weights": "",
         # where its patch is another than model.patch: "" refuses | central | average | resample
         "patch": "",
+        # adapters.safetensors of a run on these weights, merged into them; "" = none
+        "adapters": "",
     })
 
     # Low-rank adapters beside the frozen weights of init.weights (docs/finetuning.md).

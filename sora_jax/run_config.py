@@ -144,8 +144,12 @@ class InitConfig:
     # what to do where its patch is another than model.patch: "" refuses it; central | average
     # make tubelets of an image model's patches; resample resizes the projections
     patch: str = ""
+    adapters: str = ""  # the adapters.safetensors of a run on the same weights, merged into them
 
     def __post_init__(self):
+        if self.adapters and not self.weights:
+            raise UserError(f"init.adapters = {self.adapters!r} belong to weights and init.weights "
+                            "is empty; name those that they were trained on")
         allowed = ("", *INFLATIONS, "resample")
         if self.patch not in allowed:
             raise UserError(f"init.patch = {self.patch!r} is unknown; allowed: "
@@ -182,6 +186,11 @@ class RunConfig:
     lora: LoRAConfig = LoRAConfig()
     profile: ProfileConfig = ProfileConfig()
 
+    @property
+    def begins_with(self) -> str:
+        """Where a run finds its first weights; "" where they are random."""
+        return (self.init.weights or self.checkpoint.init_from or self.checkpoint.resume_from or "")
+
     def network(self, channels: int) -> TransformerConfig:
         """The network for latents of so many channels."""
         text = self.text_encoder
@@ -212,10 +221,11 @@ def resolve(mapping) -> RunConfig:
             f"init.weights = {config.init.weights!r} and checkpoint.init_from = "
             f"{config.checkpoint.init_from!r} both name weights to begin with; give one of them")
     if config.task == "features" and config.init.weights or config.task == "vae" and (
-            config.init.patch):
+            config.init.patch or config.init.adapters):
         raise UserError(f"init.weights = {config.init.weights!r}, init.patch = "
-                        f"{config.init.patch!r}: task {config.task!r} cannot use them; leave both "
-                        "empty (a VAE takes init.weights alone)")
+                        f"{config.init.patch!r}, init.adapters = {config.init.adapters!r}: task "
+                        f"{config.task!r} cannot use them; leave them empty (a VAE takes "
+                        "init.weights alone)")
     if config.vae_train not in VAE_PARTS:
         raise UserError(f"vae_train = {config.vae_train!r} is unknown; allowed: "
                         f"{', '.join(VAE_PARTS)}")
@@ -261,7 +271,7 @@ def _check_lora(config: RunConfig) -> None:
     if config.task not in SAMPLED_TASKS:
         raise UserError(f"{shown} and task = {config.task!r}: adapters are of the transformer; set "
                         f"it to 0, or task to {' or '.join(SAMPLED_TASKS)}")
-    if not (config.init.weights or config.checkpoint.init_from or config.checkpoint.resume_from):
+    if not config.begins_with:
         raise UserError(f"{shown} adapts weights and there are none to begin with; name them: "
                         "--config.init.weights=runs/base")
     if any(group.freeze for group in config.optim.groups):

@@ -18,8 +18,9 @@ if __name__ == "__main__":  # before the slow imports: it may start this process
 
 from absl import flags
 
-from sora_jax import checkpoint, edit_command, run_config
+from sora_jax import adapter_files, checkpoint, edit_command, run_config
 from sora_jax.core.errors import UserError
+from sora_jax.core.tree import flatten, unflatten
 from sora_jax.data.encode import write_mp4
 from sora_jax.diffusion.consistency import check_student
 from sora_jax.diffusion.solvers import SAMPLERS
@@ -55,6 +56,8 @@ _RESAMPLE = flags.DEFINE_integer(
     "stays, for runs without conditions; 1 = once; default as in the run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; prompt i uses seed + i.")
 _STEP = flags.DEFINE_integer("checkpoint_step", None, "Which checkpoint; default the newest.")
+_ADAPTERS = flags.DEFINE_string(
+    "adapters", None, "adapters.safetensors of a run on these weights, which are merged in.")
 _OUT = flags.DEFINE_string(
     "out", "sample.mp4",
     "File to write: .mp4, or .png of a still image; several prompts add _00, _01, ... and a sheet.",
@@ -89,6 +92,9 @@ def main(_):
         step, params = checkpoints.restore_params(
             "latest" if _STEP.value is None else _STEP.value
         )
+    if _ADAPTERS.value:
+        params = unflatten(adapter_files.merged(
+            flatten(params), _ADAPTERS.value, f"step {step} of {workdir}"))
     sampler = diffusion.make_sampler(
         config, diffusion.make_model(config, vae), vae, **dataclasses.asdict(settings)
     )

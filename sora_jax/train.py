@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sora_jax import (
+    adapter_files,
     block_norms,
     checkpoint,
     eval_job,
@@ -123,6 +124,10 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
         with beside_training("finish", state, mesh) as params:
             if params is not None:
                 finish(config, task, params, int(state.step), workdir)
+        if config.lora.rank:
+            for path in adapter_files.write_trained(
+                    config.lora, state, config.begins_with, mesh, workdir):
+                print(f"wrote {path}")
         done = [row["step"] for row in metrics.read_json_lines(f"{workdir}/eval.jsonl")]
         if shared_work.first_says(int(state.step) not in done):
             evaluate(config, state, mesh, workdir)

@@ -7,7 +7,7 @@ import shlex
 import av
 import numpy as np
 import pytest
-from commands import ROOT, call
+from commands import NOT_OPTIMIZED, ROOT, call
 from PIL import Image
 
 
@@ -48,6 +48,37 @@ def test_the_same_command_again_finds_nothing_left_to_train(run):
     before = (run / "metrics.jsonl").read_bytes()
     call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}")
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_adapters_are_trained_beside_a_run_and_sampled_as_a_file(run, tmp_path):
+    """The same clip from the base with the file as from the workdir of the adapters, and another
+    than from the base; a base that is not theirs is one line."""
+    lora = tmp_path / "lora"
+    process = call(
+        "sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={lora}",
+        f"--config.init.weights={run}", "--config.lora.rank=2", "--config.optim.optimizer=adamw",
+        "--config.optim.learning_rate=0.05", "--config.optim.warmup_steps=1",
+        "--config.num_steps=10", "--config.sampling.num_clips=0",
+        "--config.evaluation.num_prompts=0", f"--config.data.data_dir={run / 'data'}",
+        f"--config.latents.directory={run / 'latents'}")
+    adapters = lora / "adapters.safetensors"
+    assert f"wrote {adapters}" in process.stdout
+
+    def sample(name, workdir, *arguments, check=True):
+        return call("sora_jax.sample", f"--workdir={workdir}", f"--out={tmp_path / name}.mp4",
+                    "--prompt=a red circle moves left", "--size=32x32", "--frames=5", "--steps=2",
+                    *arguments, check=check, flags=NOT_OPTIMIZED)
+
+    sample("file", run, f"--adapters={adapters}")
+    sample("workdir", lora)
+    sample("base", run)
+    file, workdir, base = (frames(tmp_path / f"{name}.mp4").astype(int)
+                           for name in ("file", "workdir", "base"))
+    assert np.abs(file - workdir).max() <= 4
+    assert np.abs(file - base).max() > 40
+    process = sample("other", run, f"--adapters={adapters}", "--checkpoint_step=20", check=False)
+    assert process.returncode == 2
+    assert f"belong to {run} (digest" in process.stderr
 
 
 def test_eval_mode_evaluates_the_checkpoints_that_have_no_figures(run):

@@ -26,8 +26,9 @@ def test_a_command_of_the_page_is_a_run(command, monkeypatch):
     values(words)
     config = run_config.resolve(values.config)
     optim = config.optim
-    assert config.lora.rank or any(group.freeze for group in optim.groups) or optim.mup_base_width
+    assert (config.lora.rank or any(group.freeze for group in optim.groups)
+            or optim.mup_base_width or config.init.adapters)
 
 
 def test_the_page_has_commands():
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5

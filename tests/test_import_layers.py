@@ -18,6 +18,7 @@ LAYERS = {
     "optim": 2,
     "parameter_groups": 2,
     "lora": 2,
+    "adapter_files": 2,
     "frozen": 2,
     "block_norms": 2,
     "train_state": 2,

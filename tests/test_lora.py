@@ -196,6 +196,8 @@ def test_targets_that_cannot_be_are_refused_by_name(changes, words):
     ({"init.weights": "runs/x", "task": "vae"}, "adapters are of the transformer"),
     ({"init.weights": "runs/x", "optim.groups": ({"pattern": "x", "freeze": True},)},
      "leave that out and narrow lora.targets"),
+    ({"lora.rank": 0, "init.weights": "x", "init.adapters": "y", "task": "vae"},
+     "init.adapters = 'y': task 'vae' cannot use them"),
     ({"lora.rank": -1}, "lora.rank = -1"), ({"lora.alpha": 0.0}, "lora.alpha = 0.0"),
     ({"lora.targets": ()}, "lora.targets is empty"),
     ({"lora.targets": ("(",)}, r"'\(' is no regular expression"),

@@ -12,7 +12,7 @@ import pathlib
 import jax
 import numpy as np
 
-from sora_jax import checkpoint, run_config
+from sora_jax import adapter_files, checkpoint, run_config
 from sora_jax.core.disk import write_whole
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import flatten, unflatten
@@ -73,12 +73,17 @@ def load_initial(config: run_config.RunConfig, network: TransformerConfig, workd
     check_options(dataclasses.replace(found.network, patch=network.patch), network, where)
     check_names({name: x.shape for name, x in flat.items()},
                 transformer_weights.parameter_shapes(network), where)
+    if config.init.adapters:
+        flat = adapter_files.merged(flat, config.init.adapters, where)
     count = sum(x.size for x in flat.values())
     if jax.process_index() == 0:
         sha256 = found.card.get("sha256", "")
         print(f"starting with the weights of {where}: {len(flat)} parameters with {count:,} values"
-              f"{f', sha256 {sha256}' if sha256 else ''}", flush=True)
+              f"{f', sha256 {sha256}' if sha256 else ''}"
+              f"{f', and {config.init.adapters}' if config.init.adapters else ''}", flush=True)
         card = {"weights": where, "num_values": count, **({} if moved else found.card)}
+        if config.init.adapters:
+            card["adapters"] = config.init.adapters
         write_whole(pathlib.Path(workdir) / INIT, json.dumps(card, indent=1) + "\n")
     return unflatten(flat)
 
@@ -120,8 +125,20 @@ def export_trained(workdir, target, family_name=None) -> list[str]:
     Raises UserError where the run did not begin with published weights, or with another patch.
     """
     path = pathlib.Path(workdir).expanduser()
-    found = _of_workdir(path)
-    if not found.card:
+    return _export(_of_workdir(path), path, target, family_name)
+
+
+def export_adapted(source, target, family_name, adapters) -> list[str]:
+    """Writes weights (as `open_initial` takes them) with the adapters of a file merged into them,
+    in the layout in which they were published, and returns the paths. Raises UserError where there
+    is no such layout, or the adapters belong to other weights."""
+    found = open_initial(source)
+    flat = adapter_files.merged(found.flat, adapters, source)
+    return _export(dataclasses.replace(found, flat=flat), source, target, family_name)
+
+
+def _export(found, path, target, family_name):
+    if not found.card.get("published"):
         raise UserError(
             f"{path} did not begin with published weights of this patch (init.weights), so there "
             "is no layout to write it in")

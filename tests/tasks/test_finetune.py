@@ -19,7 +19,12 @@ from sora_jax.data.encode import write_mp4
 from sora_jax.models.patchify import clips_as_rows
 from sora_jax.models.transformer import Transformer
 from sora_jax.tasks import diffusion, initial_weights, latents, text_embeddings
-from sora_jax.tasks.initial_weights import export_trained, load_initial, open_initial
+from sora_jax.tasks.initial_weights import (
+    export_adapted,
+    export_trained,
+    load_initial,
+    open_initial,
+)
 from sora_jax.tasks.requests import Request
 from sora_jax.tasks.sampling import clip_shift, velocity
 from sora_jax.weights import published
@@ -216,6 +221,22 @@ def test_adapters_go_merged_into_the_published_files(run, wan, clips, tmp_path):
     for layer in np.asarray(params["blocks"]["mlp_in"]["kernel"]) - theirs["blocks.mlp_in.kernel"]:
         values = np.linalg.svd(layer)[1]
         assert values[2] < 1e-3 * values[1]  # of rank 2
+    adapters = workdir / "adapters.safetensors"
+    assert adapters.stat().st_size < 0.2 * (
+        wan / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+    export_adapted(str(wan), tmp_path / "alone", None, str(adapters))
+    alone = published.as_native(tmp_path / "alone")[2]
+    begun = make_config(wan, clips, init__adapters=str(adapters))
+    (tmp_path / "next").mkdir()
+    again = flatten(load_initial(begun, network(begun), str(tmp_path / "next")))
+    for name, x in ours.items():
+        np.testing.assert_allclose(alone[name], x, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(again[name], x, atol=1e-6, err_msg=name)
+    assert json.loads((tmp_path / "next" / initial_weights.INIT).read_text())["adapters"] == str(
+        adapters)
+    with pytest.raises(UserError, match=f"belong to {wan} .* and {prepared} has other weights"):
+        export_adapted(str(prepared), tmp_path / "no", None, str(adapters))
+    assert not (tmp_path / "no").exists()
 
 
 def network(config):
@@ -254,6 +275,7 @@ def test_weights_that_miss_a_key_are_refused_by_its_name(wan, clips, tmp_path):
     ({"text_encoder__padding": "ones"}, "allowed: none, zeros, encoded"),
     ({"packing__caption_tokens": 9}, "caption_tokens = 9 cuts bytes"),
     ({"packing__row_text": 8}, "max_tokens = 16 is above packing.row_text = 8"),
+    ({"init__weights": "", "init__adapters": "x"}, "init.adapters = 'x' belong to weights and"),
     ({"init__patch": "stretch"}, "allowed: '', 'central', 'average', 'resample'"),
 ])
 def test_a_config_that_cannot_be_is_refused_by_field(wan, clips, name, words):
