@@ -283,7 +283,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh = ConfigDict({
         "data": -1,  # -1 takes the devices that are left
         "fsdp": 1,
-        "sequence": 1,  # over which the tokens of a row are split
+        "sequence": 1,  # over which the tokens of a row, or the height of pixels, are split
         "tensor": 1,  # over which heads and widths of layers are split
         "num_devices": 0,  # that the run needs; 0 = all there are; --mode=plan makes fake ones
         "chip": "",  # --mode=plan: v5e v5p v6e tpu7x A100 H100 H200 B200

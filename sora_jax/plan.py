@@ -12,7 +12,7 @@ from sora_jax.models.attention_kernels.call import Call
 from sora_jax.models.attention_plans import attention_dtype
 from sora_jax.run_config import SAMPLED_TASKS, RunConfig
 from sora_jax.tasks import initial_vae, registry
-from sora_jax.train_step import check_packing, make_step, state_functions
+from sora_jax.train_step import check_batches, make_step, state_functions
 
 
 def show(config: RunConfig) -> dict[str, float]:
@@ -23,7 +23,7 @@ def show(config: RunConfig) -> dict[str, float]:
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
     mesh = sharding.make_mesh(config.mesh)
     task, batch = registry.outline(config)
-    check_packing(config, mesh)
+    check_batches(config, mesh)
     batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in batch.items()}
     for leaf in batch.values():
         sharding.check_rows(leaf.shape[0], mesh)

@@ -2,7 +2,7 @@
 
 Models name the dimensions of their arrays and never a device; core/axes.py has the one table from
 those names to mesh axes. Fields of a batch are named by their dimensions (core/shapes.py), which
-say how they are split: B over data and fsdp, N over sequence.
+say how they are split: B over data and fsdp, N over sequence, and H of clips (BTHW) over sequence.
 """
 
 import dataclasses
@@ -18,6 +18,9 @@ from sora_jax.core.axes import AXES
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import map_with_name, named_leaves, num_bytes, table
 
+# Beginning of the dimensions in a field's name -> names of those after its rows.
+AFTER_ROWS = {"BN": ("tokens",), "BTHW": (None, "height"), "": ()}
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -25,7 +28,7 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
-    sequence: int = 1  # over which the tokens of a row are split
+    sequence: int = 1  # over which the tokens of a row, or the height of pixels, are split
     tensor: int = 1  # over which heads and widths of a layer are split
     num_devices: int = 0  # that the run needs; 0 = all there are. --mode=plan makes fake ones
     chip: str = ""  # of core/chips.py, for --mode=plan; "" = no estimate
@@ -151,9 +154,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_shardings(batch, mesh: Mesh):
     """A NamedSharding per field: axis 0 is rows, and where the field's name ends in _BN.. axis 1 is
-    tokens. Raises UserError where one does not divide."""
+    tokens, in _BTHW.. axis 2 is height. Raises UserError where one does not divide."""
     def one(path, leaf):
-        names = ["rows", "tokens"] if path.rpartition("_")[2].startswith("BN") else ["rows"]
+        dims = path.rpartition("_")[2]
+        after = next(more for start, more in AFTER_ROWS.items() if dims.startswith(start))
+        names = ["rows", *after]
         names += [None] * (len(leaf.shape) - len(names))
         return NamedSharding(mesh, axes.spec(f"batch field {path}", names, leaf.shape, mesh))
 

@@ -37,7 +37,7 @@ from sora_jax import (
 from sora_jax.evaluation import evaluators
 from sora_jax.tasks import encode_mode, registry, shared_cache
 from sora_jax.tasks.task import Task
-from sora_jax.train_step import check_packing, make_step, state_functions, with_initial
+from sora_jax.train_step import check_batches, make_step, state_functions, with_initial
 
 MODES = ("train", "encode", "eval", "plan")
 
@@ -76,7 +76,7 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
     """
     began = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
-    check_packing(config, mesh)
+    check_batches(config, mesh)
     task = registry.build(config, workdir)  # which prepares and encodes what is missing
     config = shared_cache.only_opened(config)
     processes.wait_for_all("built")

@@ -180,14 +180,28 @@ def check_parts(what: str, num_rows: int, num_parts: int, mesh) -> None:
             f"of {num_parts * groups}")
 
 
-def check_packing(config, mesh) -> None:
-    """Raises UserError where packed rows do not divide over the mesh, before data are prepared."""
+def check_batches(config, mesh) -> None:
+    """Raises UserError where packed rows, or clips and latents of the sizes of pixels, do not
+    divide over the mesh, before data are prepared."""
     if config.task not in run_config.SAMPLED_TASKS:
-        return
+        return check_pixels(config, mesh)
     rows, tokens = config.packing.rows, config.packing.row_tokens
     sharding.check_rows(rows, mesh)
     check_parts("config.packing", rows, config.optim.accumulate_steps, mesh)
     sharding.batch_shardings({"packing_BN": jax.ShapeDtypeStruct((rows, tokens), jnp.int32)}, mesh)
+
+
+def check_pixels(config, mesh) -> None:
+    """Raises UserError where a size of the batches of pixels, or of their latents, does not divide
+    over the mesh."""
+    for size in config.pixels.sizes:
+        shapes = {"pixels_BTHWC": (size.batch, size.frames, size.height, size.width, 3)}
+        if config.task == "vae":  # whose layers halve what a device has
+            space = config.vae.compression.space
+            shapes["latents_BTHWC"] = (
+                size.batch, 1, size.height // space, size.width // space, config.vae.z_dim)
+        sharding.batch_shardings({name: jax.ShapeDtypeStruct(shape, jnp.float32)
+                                  for name, shape in shapes.items()}, mesh)
 
 
 def is_count(name: str) -> bool:

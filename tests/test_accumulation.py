@@ -12,7 +12,7 @@ from configs import base
 from sora_jax import run_config, sharding
 from sora_jax.core.errors import UserError
 from sora_jax.tasks import diffusion
-from sora_jax.train_step import check_packing, make_step, state_functions
+from sora_jax.train_step import check_batches, make_step, state_functions
 
 
 @pytest.fixture
@@ -67,12 +67,12 @@ def test_packed_rows_are_refused_before_data_are_prepared():
     config.optim.accumulate_steps = 4
     config = run_config.resolve(config)
     with pytest.raises(UserError, match="config.packing has 8 rows, .* a multiple of 32"):
-        check_packing(config, sharding.make_mesh(sharding.MeshConfig()))
-    check_packing(config, sharding.make_mesh(sharding.MeshConfig(sequence=4)))
+        check_batches(config, sharding.make_mesh(sharding.MeshConfig()))
+    check_batches(config, sharding.make_mesh(sharding.MeshConfig(sequence=4)))
     config = dataclasses.replace(
         config, packing=dataclasses.replace(config.packing, row_tokens=66))
     with pytest.raises(UserError, match="'tokens' of size 66 does not divide over .* of size 4"):
-        check_packing(config, sharding.make_mesh(sharding.MeshConfig(sequence=4)))
+        check_batches(config, sharding.make_mesh(sharding.MeshConfig(sequence=4)))
 
 
 def test_rows_that_do_not_divide_into_parts_are_refused(steps):

@@ -1,8 +1,9 @@
 """The mesh axes, and the one table from names of dimensions to them.
 
 A mesh has the axes data, fsdp, sequence and tensor. Rows of a batch are split over data and fsdp,
-the tokens of a packed row over sequence; parameters over fsdp (gathered layer by layer when used)
-and tensor (never gathered: each device computes its heads and its part of the MLP).
+the tokens of a packed row, or the height of pixels, over sequence; parameters over fsdp (gathered
+layer by layer when used) and tensor (never gathered: each device computes its heads and its part of
+the MLP).
 """
 
 import math
@@ -20,6 +21,7 @@ LOGICAL_RULES = {
     # Of batches and activations.
     "rows": ROWS,
     "tokens": SEQUENCE,
+    "height": SEQUENCE,  # of pixels
     # Of parameters. Every matrix of a transformer has the network's width on one side, so splitting
     # `embed` splits nearly all bytes; what is split over tensor stands on the other side.
     "embed": "fsdp",

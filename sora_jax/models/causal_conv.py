@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sora_jax.core.axes import SEQUENCE, size
 from sora_jax.models.past_frames import with_past
-from sora_jax.models.product import product
+from sora_jax.models.product import product, product_of_rows
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -52,6 +53,8 @@ def _space_conv(x_BTHWC, kernel, stride, pad):
     rows, frames, height, width, channels = x_BTHWC.shape
     kh, kw = kernel.shape[:2]
     if kh == kw == stride == 1:
+        if size(SEQUENCE) > 1:  # a split height must not be merged with other axes
+            return x_BTHWC @ kernel[0, 0]
         return (x_BTHWC.reshape(-1, channels) @ kernel[0, 0]).reshape(
             rows, frames, height, width, -1)
     if pad is None:
@@ -73,6 +76,8 @@ def gathered_conv(x_BTHWC, kernel, dtype: str, pad_time: bool = True):
     taps_BTHWC = jnp.concatenate([
         padded[:, t:t + T, h:h + H, w:w + W]
         for t in range(kt) for h in range(kh) for w in range(kw)], axis=-1)
+    if size(SEQUENCE) > 1:  # a split height must not be merged with other axes
+        return product_of_rows(taps_BTHWC, kernel.reshape(-1, kernel.shape[-1]), dtype)
     flat = taps_BTHWC.reshape(-1, taps_BTHWC.shape[-1])
     return product(flat, kernel.reshape(flat.shape[1], -1), dtype).reshape(B, T, H, W, -1)
 
