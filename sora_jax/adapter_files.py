@@ -22,6 +22,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.core.tree import flatten, unflatten
 from sora_jax.fingerprint import fingerprints
 from sora_jax.lora import LoRAConfig
+from sora_jax.offload import on_device
 from sora_jax.weights.tensor_files import open_tensors, write_tensors
 
 FORMAT = "sora_jax adapters 1"
@@ -47,7 +48,7 @@ def write_trained(lora: LoRAConfig, state, base: str, mesh, workdir) -> list[str
     """Writes the averaged adapters of a train state below a workdir, and returns the paths; base:
     where its frozen weights are from. All processes call this; the first one writes."""
     known = base_fingerprints(flatten(state.frozen[frozen.PARAMS]))
-    pairs = sharding.whole(state.ema_params, mesh)
+    pairs = sharding.whole(on_device(state.ema_params), mesh)
     if jax.process_index():
         return []
     path = pathlib.Path(workdir) / FILE_NAME

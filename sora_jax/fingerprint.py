@@ -12,12 +12,14 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from sora_jax.offload import on_device
+
 FORMAT = 1
 
 
 def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, dict]:
     """{path: {"dtype", "shape", "sum"}} of arrays by path; waits for the devices."""
-    sums = jax.device_get({path: _sums(leaf) for path, leaf in leaves.items()})
+    sums = jax.device_get({path: _sums(on_device(leaf)) for path, leaf in leaves.items()})
     return {
         path: {
             "dtype": str(leaf.dtype),

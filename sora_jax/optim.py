@@ -11,6 +11,7 @@ from optax import contrib
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import map_with_name, named_leaves
+from sora_jax.offload import FIELDS
 from sora_jax.parameter_groups import ParameterGroup, first_match
 
 OPTIMIZERS = ("adamw", "muon", "adafactor", "schedule_free")
@@ -47,6 +48,7 @@ class OptimConfig:
     clip_norm: largest global norm of a gradient; 0 does not clip.
     ema_decay: of the averaged weights, see train_state.ema_decay_at; 0 averages nothing.
     state_dtype: of first moments, float32 or bfloat16.
+    offload: parts of the state that lie in the host's memory between steps, see offload.py.
     mup_base_width: width of a network whose learning rate is used, see tasks/mup.py; 0: this one's.
     groups: parameters with a rate or decay of their own, or frozen; see parameter_groups.py.
     accumulate_steps: parts of the rows of a batch whose gradients are computed one after the other
@@ -74,6 +76,7 @@ class OptimConfig:
     state_dtype: str = "float32"
     groups: tuple[ParameterGroup, ...] = ()
     mup_base_width: int = 0
+    offload: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -98,6 +101,8 @@ class OptimConfig:
             raise UserError(
                 f"optim.train_first = {self.train_first!r} with optim.train_first_steps = "
                 f"{self.train_first_steps}: give both or neither")
+        if unknown := [part for part in self.offload if part not in FIELDS]:
+            raise UserError(f"optim.offload has {unknown[0]!r}; allowed: {', '.join(FIELDS)}")
         if self.accumulate_steps < 1:
             raise UserError(
                 f"optim.accumulate_steps = {self.accumulate_steps} must be at least 1")

@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from sora_jax import frozen, optim, plan_flops, sharding
+from sora_jax import frozen, offload, optim, plan_flops, sharding
 from sora_jax.core import axes, chips, collectives, flops
 from sora_jax.core.tree import named_leaves, num_bytes
 from sora_jax.models import attention
@@ -44,6 +44,7 @@ def show(config: RunConfig) -> dict[str, float]:
             for name, leaf in batch.items()}
     compiled = step.lower(abstract, rows).compile()
     memory = compiled.memory_analysis()
+    on_host = offload.host_bytes(abstract, shardings)
     found = collectives.collectives(compiled.as_text()) if mesh.size > 1 else []
     step_flops, num_loops = flops.count(step, abstract, rows)
     vae = initial_vae.for_outline(config).config if config.task in SAMPLED_TASKS else None
@@ -59,13 +60,11 @@ def show(config: RunConfig) -> dict[str, float]:
             math.prod(leaf.shape) for _, leaf in named_leaves(abstract.params)),
         "devices": mesh.size,
         "state_bytes": sum(num_bytes(leaf) for _, leaf in named_leaves(abstract)),
-        "state_bytes_per_device": sum(
-            num_bytes(jax.ShapeDtypeStruct(at.shard_shape(leaf.shape), leaf.dtype))
-            for (_, leaf), at in zip(named_leaves(abstract), jax.tree.leaves(shardings),
-                                     strict=True)),
+        "state_bytes_per_device": split_bytes(abstract, shardings),
         "argument_bytes_per_device": getattr(memory, "argument_size_in_bytes", 0),
         "temporary_bytes_per_device": getattr(memory, "temp_size_in_bytes", 0),
-        "bytes_per_device": device_bytes(memory),
+        "bytes_per_device": held_bytes(memory, abstract, shardings),
+        **({"host_bytes_per_device": on_host} if on_host else {}),
         "flops_per_device_and_step": step_flops / mesh.size,
         "loops_counted_once": num_loops,
         "exchanged_bytes_per_device": exchanged_bytes(abstract.params, shardings.params, mesh)
@@ -128,6 +127,23 @@ def device_bytes(memory) -> int:
     sizes = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
     return sum(getattr(memory, name, 0) for name in sizes) - getattr(
         memory, "alias_size_in_bytes", 0)
+
+
+def held_bytes(memory, abstract, shardings) -> int:
+    """`device_bytes` without what lies on the host, which a CPU's compiler counts along. In the
+    update that is on the device, and gradients in the place of activations."""
+    on_host = offload.host_bytes(abstract, shardings)
+    if not on_host:
+        return device_bytes(memory)
+    in_update = split_bytes(abstract, shardings) + split_bytes(abstract.params, shardings.params)
+    return max(device_bytes(memory) - on_host, in_update)
+
+
+def split_bytes(abstract, shardings) -> int:
+    """Bytes of arrays on one device."""
+    return sum(num_bytes(jax.ShapeDtypeStruct(at.shard_shape(leaf.shape), leaf.dtype))
+               for (_, leaf), at in zip(named_leaves(abstract), jax.tree.leaves(shardings),
+                                        strict=True))
 
 
 def exchanged_bytes(params, shardings, mesh, trained: bool = True) -> float:

@@ -296,8 +296,9 @@ def _check_text(config: RunConfig) -> None:
 # Fields that may change between two starts of one workdir: they decide what is reported, when and
 # where, but not a single number of the training.
 FREE_FIELDS = (
-    "log_every_steps", "checkpoint", "sampling", "evaluation", "mesh", "profile", "data.data_dir",
-    "latents.directory", "latents.build_if_missing", "latents.rebuild", "latents.batch_pixels",
+    "log_every_steps", "checkpoint", "sampling", "evaluation", "mesh", "profile", "optim.offload",
+    "data.data_dir", "latents.directory", "latents.build_if_missing", "latents.rebuild",
+    "latents.batch_pixels",
 )
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from sora_jax import frozen as frozen_part
-from sora_jax import optim
+from sora_jax import offload, optim
 from sora_jax.block_norms import block_norms
 
 
@@ -42,8 +42,8 @@ def create(params, tx: optax.GradientTransformation, keep_initial: bool = False,
 
 def averaged_weights(state: TrainState):
     """The averaged parameters of the whole network, with adapters merged."""
-    return jax.jit(frozen_part.whole)(state.frozen, state.ema_params) if state.frozen else (
-        state.ema_params)
+    averaged = offload.on_device(state.ema_params)
+    return jax.jit(frozen_part.whole)(state.frozen, averaged) if state.frozen else averaged
 
 
 def ema_decay_at(ema_decay: float, num_updates):

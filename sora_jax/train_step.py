@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
-from sora_jax import frozen, lora, run_config, sharding, train_state
+from sora_jax import frozen, lora, offload, run_config, sharding, train_state
 from sora_jax.core.errors import UserError
 from sora_jax.core.rng import stream
 from sora_jax.core.tree import named_leaves
@@ -40,6 +40,7 @@ def state_functions(config, task: Task, tx, mesh):
     shardings = sharding.state_shardings(
         abstract, sharding.param_shardings(jax.eval_shape(lambda: parted(boxed)[0]), mesh), mesh,
         sharding.param_shardings(boxed, mesh))
+    shardings = offload.on_host(shardings, abstract, config.optim.offload)
     make_random = jax.jit(random, out_shardings=shardings)
     make_begun = jax.jit(begun_with, out_shardings=shardings, donate_argnums=0)
 
@@ -102,6 +103,7 @@ def make_step(config, task: Task, tx, mesh, shardings):
 
     def step(state, batch):
         batch = jax.lax.with_sharding_constraint(batch, sharding.batch_shardings(batch, mesh))
+        state = offload.fetched(state, shardings)
         key = stream(config.seed, "train", state.step)
         whole, teachers = functools.partial(frozen.whole, state.frozen), {}
         if task.from_teacher:
@@ -119,7 +121,7 @@ def make_step(config, task: Task, tx, mesh, shardings):
         state, update = train_state.apply_gradients(
             state, grads, tx, config.optim.ema_decay, loss
         )
-        return state, {"loss": loss, **scalars, **update}
+        return offload.stored(state, shardings), {"loss": loss, **scalars, **update}
 
     return jax.jit(
         step, donate_argnums=0, in_shardings=(shardings, None),  # of the batch: its own

@@ -20,6 +20,7 @@ LAYERS = {
     "lora": 2,
     "adapter_files": 2,
     "frozen": 2,
+    "offload": 2,
     "block_norms": 2,
     "train_state": 2,
     "checkpoint": 2,

@@ -1,0 +1,128 @@
+"""A state that lies in the host's memory between steps is trained to the same bits."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from sora_jax import offload, plan, run_config, train_state
+from sora_jax.checkpoint import CheckpointConfig, Checkpointer
+from sora_jax.core.errors import UserError
+from sora_jax.core.tree import named_leaves
+from sora_jax.lora import LoRAConfig
+from sora_jax.sharding import MeshConfig
+from sora_jax.tasks.task import Task
+from tests.two_matrices import Run, init, loss
+
+BOTH = ("optimizer", "average")
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def kinds(state):
+    """{field: kinds of memory of its arrays with dimensions}"""
+    found = {}
+    for path, leaf in named_leaves(state):
+        if leaf.ndim:
+            found.setdefault(path.split("/")[0], set()).add(leaf.sharding.memory_kind)
+    return found
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"mesh": MeshConfig(data=2, fsdp=2, tensor=2), "devices": jax.devices()},
+    {"adapted": LoRAConfig(rank=2, alpha=6.0, targets=("mlp_in/kernel", "head"))},
+    {"optimizer": "schedule_free", "ema_decay": 0.0}, {"optimizer": "muon"},
+    {"state_dtype": "bfloat16"},
+])
+def test_steps_are_the_same_bits_and_only_what_is_asked_for_lies_on_the_host(how):
+    plain, (state, losses) = Run(**how), Run(**how).after(4)
+    for parts in (("optimizer",), BOTH):
+        run = Run(**how, offload=parts)
+        again, again_losses = run.after(4)
+        assert again_losses == losses
+        equal(again, state)
+        on_host = {offload.FIELDS[part] for part in parts}
+        for held in (run.create(), again):
+            assert {field for field, found in kinds(held).items() if "pinned_host" in found} == (
+                on_host)
+            assert all(len(found) == 1 for found in kinds(held).values())
+    assert "pinned_host" not in set().union(*kinds(plain.create()).values())
+    equal(train_state.averaged_weights(again), train_state.averaged_weights(state))
+    assert all(x.sharding.memory_kind == "device"
+               for x in jax.tree.leaves(train_state.averaged_weights(again)))
+
+
+def test_a_checkpoint_goes_from_host_to_device_and_back(tmp_path):
+    plain, run = Run(), Run(offload=BOTH)
+    begun, (end, losses) = run.after(2)[0], plain.after(4)
+    with Checkpointer(tmp_path, CheckpointConfig(), report=print) as checkpoints:
+        checkpoints.save(2, begun)
+        checkpoints.wait()
+        for other in (run, plain):
+            state = checkpoints.restore_or_create(other.abstract, other.shardings, other.create)
+            assert ("pinned_host" in kinds(state)["opt_state"]) == (other is run)
+            equal(state, begun)
+            state, later = other.after(2, state)
+            equal(state, end)
+            assert later == losses[2:]
+
+
+def test_a_teachers_average_is_read_from_the_host():
+    """As distilling reads it inside the loss."""
+    def taught(params, batch, key, *, average, teacher):
+        return loss(params, batch, key)[0], {"average": loss(average, batch, key)[0]}
+
+    task = Task(name="test", init=init, loss=taught, from_teacher=True)
+    told = []
+    for parts in ((), BOTH):
+        run = Run(task=task, offload=parts)
+        run.after(3)
+        told.append(run.told["average"])
+    assert told[0] == told[1] and len(set(told[0])) == 3
+
+
+def test_bytes_on_the_host_are_those_of_its_parts_and_a_plan_takes_them_off():
+    run = Run(offload=BOTH, mesh=MeshConfig(data=1, fsdp=2), devices=jax.devices()[:2])
+    state = run.create()
+    params = 4 * sum(  # two matrices in 3 layers, a bias, and a head of width 8
+        (3 * 8 * 12 // 2, 3 * 12 * 8 // 2, 3 * 12, 8 * 8 // 2))
+    assert sum(x.addressable_shards[0].data.nbytes
+               for x in jax.tree.leaves(state) if offload.is_on_host(x.sharding)) == 3 * params
+    assert offload.host_bytes(run.abstract, run.shardings) == 3 * params
+
+    def held(num_bytes, run=run):
+        memory = types.SimpleNamespace(argument_size_in_bytes=num_bytes - 5,
+                                       temp_size_in_bytes=5)
+        return plan.held_bytes(memory, run.abstract, run.shardings)
+
+    counters = plan.split_bytes(run.abstract, run.shardings) - 4 * params
+    assert 0 < counters < 64
+    assert held(10 * params) == 7 * params  # activations are more than what comes back
+    assert held(5 * params) == 5 * params + counters  # the update: gradients and the whole state
+    assert held(10 * params, Run()) == 10 * params
+
+
+def test_a_backend_without_host_memory_is_one_line(monkeypatch):
+    """Asked of devices, before anything is compiled."""
+    device = types.SimpleNamespace(
+        addressable_memories=lambda: [types.SimpleNamespace(kind="device")])
+    mesh = types.SimpleNamespace(local_devices=[device])
+    with pytest.raises(UserError, match=r"needs memory of kind 'pinned_host', and .* has device "
+                                        "only; leave it out"):
+        offload.check_host_memory("optim.offload = ('optimizer',)", mesh)
+    monkeypatch.setattr(offload, "HOST", "attic")
+    with pytest.raises(UserError, match=r"optim.offload = \('optimizer',\) needs memory of kind"):
+        Run(offload=("optimizer",))
+
+
+def test_an_unknown_part_is_refused_by_name_and_a_run_may_change_its_mind():
+    config = base.get_config("runlocal")
+    config.optim.offload = ("optimiser",)
+    with pytest.raises(UserError, match="optim.offload has 'optimiser'; allowed: optimizer, avera"):
+        run_config.resolve(config)
+    assert "optim.offload" in run_config.FREE_FIELDS
