@@ -132,7 +132,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "num_space_layers": 0,  # of layout space_then_time
         "window": 0,  # latent frames in patches, of layout window
         "attention_kernel": "auto",  # by device; or dense | cpu_blocks | cudnn | pallas | splash
-        "remat": "none",  # none | dots | full
+        "remat": "none",  # none | dots | offload (dots, in the host's memory) | full
         "unroll": 6,  # layers of the scan written out; 1 = smallest program
         "compute_dtype": "float32",
         "product_dtype": "bfloat16",  # operands of matrix products; sums are float32

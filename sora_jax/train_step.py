@@ -184,9 +184,12 @@ def check_parts(what: str, num_rows: int, num_parts: int, mesh) -> None:
 
 def check_batches(config, mesh) -> None:
     """Raises UserError where packed rows, or clips and latents of the sizes of pixels, do not
-    divide over the mesh, before data are prepared."""
+    divide over the mesh, and where its devices lack the memory that model.remat asks for, before
+    data are prepared."""
     if config.task not in run_config.SAMPLED_TASKS:
         return check_pixels(config, mesh)
+    if config.model.remat == "offload":
+        offload.check_host_memory("model.remat = 'offload'", mesh)
     rows, tokens = config.packing.rows, config.packing.row_tokens
     sharding.check_rows(rows, mesh)
     check_parts("config.packing", rows, config.optim.accumulate_steps, mesh)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from configs import base
-from sora_jax import offload, plan, run_config, train_state
+from sora_jax import offload, plan, run_config, sharding, train_state
 from sora_jax.checkpoint import CheckpointConfig, Checkpointer
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import named_leaves
 from sora_jax.lora import LoRAConfig
 from sora_jax.sharding import MeshConfig
 from sora_jax.tasks.task import Task
+from sora_jax.train_step import check_batches
 from tests.two_matrices import Run, init, loss
 
 BOTH = ("optimizer", "average")
@@ -118,6 +119,10 @@ def test_a_backend_without_host_memory_is_one_line(monkeypatch):
     monkeypatch.setattr(offload, "HOST", "attic")
     with pytest.raises(UserError, match=r"optim.offload = \('optimizer',\) needs memory of kind"):
         Run(offload=("optimizer",))
+    config = base.get_config("runlocal")
+    config.model.remat = "offload"
+    with pytest.raises(UserError, match="model.remat = 'offload' needs memory of kind 'attic'"):
+        check_batches(run_config.resolve(config), sharding.make_mesh(MeshConfig()))
 
 
 def test_an_unknown_part_is_refused_by_name_and_a_run_may_change_its_mind():

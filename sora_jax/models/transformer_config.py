@@ -20,6 +20,7 @@ REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 CHOICES = {
@@ -66,7 +67,9 @@ class TransformerConfig:
     local_width: channels in which the 3 x 3 x 3 patches around a token speak to it in every block,
       beside attention; patches are read with theirs, too. 0: attention alone. In the
       spirit of the convolutions in SANA's MLP (arXiv 2410.10629).
-    remat: what of a block is computed again for gradients; unroll: layers of the scan written out.
+    remat: what of a block is computed again for gradients: none, all but products with weights
+      (dots), whose results may lie in the host's memory meanwhile (offload), or all (full);
+      unroll: layers of the scan written out.
     attention_kernel: of all attention in blocks, a name of `attention.KERNELS`; auto: by device.
     compute_dtype: of activations. product_dtype: of the operands of large matrix products and of
       attention's, whose sums are float32; None: that of the activations.

@@ -106,6 +106,15 @@ def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(sizes):
     assert "all-gather" in program or not split.keys
 
 
+def test_activations_kept_on_the_host_change_nothing_on_a_mesh(monkeypatch):
+    expected_value, expected, _ = on_mesh()
+    monkeypatch.setitem(globals(), "NET", dataclasses.replace(NET, remat="offload"))
+    value, gradients, _ = on_mesh.__wrapped__(2, 2, 2, 1)
+    np.testing.assert_allclose(value, expected_value, rtol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=0, atol=3e-5 * np.abs(b).max()), gradients, expected)
+
+
 @pytest.mark.parametrize("token_keys", [True, False])  # False: as text's, whole on every device
 def test_a_kernel_is_planned_for_the_queries_of_a_device_and_clips_stay_apart(
         token_keys, monkeypatch):

@@ -78,7 +78,7 @@ def test_local_width_reads_26_patches_of_latents_and_26_neighbours_in_every_bloc
 @pytest.mark.parametrize("changes, message", [
     ({"width": 25}, "width 25 with 2 heads"),
     ({"local_width": -1}, "local_width -1 must be at least 0"),
-    ({"remat": "sometimes"}, "remat 'sometimes' is unknown; allowed: none, full, dots"),
+    ({"remat": "sometimes"}, "remat 'sometimes' is unknown; allowed: none, full, dots, offl"),
     ({"text_attention": "self"}, "text_attention 'self' is unknown; allowed: none, cross, joint"),
     ({"text_attention": "joint"}, "text_width 16 stands in one sequence with width 24"),
     ({"modulation": "none"}, "modulation 'none' makes the condition a token"),

@@ -158,13 +158,24 @@ def test_a_row_of_padding_gives_finite_output_and_gradient(params):
                for leaf in jax.tree.leaves(run(params, batch, [0.0], everywhere)))
 
 
-@pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}])
+def backward_of(options, arguments):
+    """The transfers in the program of the gradient."""
+    gradient = jax.grad(functools.partial(loss, options), has_aux=True)
+    return [one for one in equations(jax.make_jaxpr(gradient)(*arguments))
+            if one.primitive.name == "device_put"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"remat": "full"}, {"remat": "dots"}, {"remat": "offload"}, {"unroll": 2}])
 def test_remat_and_unrolling_change_the_program_but_no_value_and_no_gradient(params, changes):
     batch = packed([clip(0), clip(1, (1, 4, 4))])
     options = dataclasses.replace(OPTIONS, **changes)
     arguments = params, batch["tokens_BND"], batch, np.full((1, 4), 0.5), batch["segment_BN"] > 0
     program = list(equations(jax.make_jaxpr(functools.partial(loss, options))(*arguments)))
     assert any(one.primitive.name == "remat2" for one in program) == ("remat" in changes)
+    to_host = [one for one in backward_of(options, arguments)
+               if one.params.get("devices") == (jax.memory.Space.Host,)]
+    assert bool(to_host) == (options.remat == "offload")
     (layers,) = [one for one in program if one.primitive.name == "scan"]
     assert layers.params["unroll"] == options.unroll
 
