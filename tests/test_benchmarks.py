@@ -176,3 +176,33 @@ def test_a_curve_goes_through_its_points(import_benchmark, tmp_path):
     left, right = blue[blue[:, 1].argmin()], blue[blue[:, 1].argmax()]
     assert left[0] > right[0] + 150  # it rises, over two thirds of the width
     assert right[1] - left[1] > 400
+
+
+def test_every_sampler_and_number_of_steps_is_measured_once(
+        import_benchmark, tmp_path, monkeypatch, capsys):
+    from sora_jax.data.moving_shapes.world import ShapesSpec, generate
+
+    sampler_steps = import_benchmark("sampler_steps")
+    spec = ShapesSpec(sizes=((64, 64, 1.0),), frames=((17, 1.0),), two_shape_share=0.0)
+    true = [generate(0, i, spec) for i in range(4)]
+    asked = []
+
+    def made(workdir, pairs, num_prompts):
+        asked.extend(pairs)
+        for sampler, count in pairs:  # more steps, more clips that show their prompt
+            shown = [true[i] if i < count else true[i - 1] for i in range(num_prompts)]
+            yield ((sampler, count), [clip.pixels_THWC for clip in shown],
+                   [clip.short_caption for clip in true])
+
+    monkeypatch.setattr(sampler_steps, "made", made)
+    common = [f"--workdir={tmp_path}", "--prompts=4", "--samplers=euler,heun"]
+    sampler_steps.main([*common, "--steps=2"])
+    sampler_steps.main([*common, "--steps=2,4", f"--picture={tmp_path / 'all.png'}"])
+    assert asked == [("euler", 2), ("heun", 2), ("euler", 4), ("heun", 4)]
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()
+            if line.startswith("| ")][-4:]
+    assert [[x.strip() for x in row][:3] for row in rows] == [
+        ["euler", "2", "2"], ["euler", "4", "4"], ["heun", "2", "4"], ["heun", "4", "8"]]
+    match = [float(row[-1]) for row in rows]
+    assert match[1] == match[3] == 100 and match[0] == match[2] <= 75
+    assert (tmp_path / "all.png").stat().st_size > 0
