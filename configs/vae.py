@@ -18,6 +18,7 @@ def get_config(arg: str = ""):
     config = BASE["get_config"](arg)
     config.task = "vae"
     config.num_steps = 10_000
+    config.data.num_train_clips = 16_000
 
     of_blocks(config.vae)
     config.vae.encoder_dims = config.vae.decoder_dims = (192,)
