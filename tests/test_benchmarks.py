@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -206,3 +207,15 @@ def test_every_sampler_and_number_of_steps_is_measured_once(
     match = [float(row[-1]) for row in rows]
     assert match[1] == match[3] == 100 and match[0] == match[2] <= 75
     assert (tmp_path / "all.png").stat().st_size > 0
+
+
+def test_the_picture_of_edits_shows_every_edit(import_benchmark):
+    from sora_jax.edit_command import EDITS, MAIN, edit_of
+
+    examples = import_benchmark("edit_examples")
+    record = types.SimpleNamespace(
+        captions=("a red circle moves left",), height=48, width=32, num_frames=17)
+    shown = {
+        edit_of({name for flag in flags if (name := flag[2:].split("=")[0]) in MAIN})
+        for flags in examples.commands(record, record).values()}
+    assert shown == set(EDITS)
