@@ -51,7 +51,7 @@ def test_the_same_command_again_finds_nothing_left_to_train(run):
 
 
 def test_adapters_are_trained_beside_a_run_and_sampled_as_a_file(run, tmp_path):
-    """The same clip from the base with the file as from the workdir of the adapters, and another
+    """The same picture from the base with the file as from the workdir of the adapters, and another
     than from the base; a base that is not theirs is one line."""
     lora = tmp_path / "lora"
     process = call(
@@ -65,17 +65,18 @@ def test_adapters_are_trained_beside_a_run_and_sampled_as_a_file(run, tmp_path):
     assert f"wrote {adapters}" in process.stdout
 
     def sample(name, workdir, *arguments, check=True):
-        return call("sora_jax.sample", f"--workdir={workdir}", f"--out={tmp_path / name}.mp4",
-                    "--prompt=a red circle moves left", "--size=32x32", "--frames=5", "--steps=2",
+        return call("sora_jax.sample", f"--workdir={workdir}", f"--out={tmp_path / name}.png",
+                    "--prompt=a red circle moves left", "--size=32x32", "--frames=1", "--steps=2",
                     *arguments, check=check, flags=NOT_OPTIMIZED)
 
     sample("file", run, f"--adapters={adapters}")
     sample("workdir", lora)
     sample("base", run)
-    file, workdir, base = (frames(tmp_path / f"{name}.mp4").astype(int)
+    file, workdir, base = (np.asarray(Image.open(tmp_path / f"{name}.png"), np.float32)
                            for name in ("file", "workdir", "base"))
-    assert np.abs(file - workdir).max() <= 4
-    assert np.abs(file - base).max() > 40
+    # on the mean: bfloat16 operands of products turn a last bit of a weight into levels of pixels
+    assert np.abs(file - base).mean() > 4
+    assert np.abs(file - workdir).mean() < 0.1 * np.abs(file - base).mean()
     process = sample("other", run, f"--adapters={adapters}", "--checkpoint_step=20", check=False)
     assert process.returncode == 2
     assert f"belong to {run} (digest" in process.stderr
