@@ -3,10 +3,10 @@ its mesh, optimizer, clipping and averaged weights, started as its commands are.
 
 import sys
 
-from sora_jax import runtime
+from sora_jax.core import allocator
 
 if __name__ == "__main__" and "--mode=stock" not in sys.argv:
-    runtime.tune_allocator()
+    allocator.tune()
 
 import types
 

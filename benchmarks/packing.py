@@ -18,10 +18,10 @@ import statistics
 import sys
 import time
 
-from sora_jax import runtime
+from sora_jax.core import allocator
 
 if __name__ == "__main__":
-    runtime.tune_allocator()
+    allocator.tune()
     if "--threads=1" in sys.argv:  # before jax counts the cores
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 

@@ -9,7 +9,7 @@ of equal weights). Every contestant is a process; they take turns, one round of 
 torch (median over rounds of the ratio inside a round), useful tokens/s, and the share of the
 machine's matmul peak, or MFU where the chip is known (FLOPs of the packed clips alone).
 
-    ours         as the package's commands run: allocator set (sora_jax/runtime.py), no loop
+    ours         as the package's commands run: allocator set (core/allocator.py), no loop
                  over layers
     ours scan    the layers in a loop (unroll 1), which compiles faster
     ours stock   without the allocator's settings
@@ -48,7 +48,7 @@ PROGRAMS = ("our_step.py", "torch_peer.py")
 
 def fast_path(directory: str) -> dict[str, str]:
     """Environment in which MKL takes its Intel path and glibc our settings; {} without cc."""
-    from sora_jax.runtime import ALLOCATOR
+    from sora_jax.core.allocator import ALLOCATOR
 
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:

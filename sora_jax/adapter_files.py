@@ -74,11 +74,12 @@ def merged(flat: dict, path, where: str) -> dict:
             f"the adapters {path} belong to {card.base} (digest {card.base_digest[:12]}) and "
             f"{where} has other weights (digest {digest(found)[:12]}): {len(differing)} of "
             f"{len(found)} parameters differ, the first is {differing[0]}")
-    held = {name: np.asarray(x, np.float32) if f"{name}.a" in pairs else x
-            for name, x in flat.items()}
     scale = np.float32(LoRAConfig(card.rank, card.alpha, card.targets).scale)
-    return flatten(frozen.whole(
-        {frozen.PARAMS: unflatten(held), frozen.SCALE: scale}, unflatten(pairs)))
+    adapted = {name: np.asarray(x, np.float32) for name, x in flat.items() if f"{name}.a" in pairs}
+    # compiled as one, as the weights of a workdir are: other sums round otherwise on some machines
+    changed = flatten(jax.jit(frozen.whole)(
+        {frozen.PARAMS: unflatten(adapted), frozen.SCALE: scale}, unflatten(pairs)))
+    return {name: changed.get(name, x) for name, x in flat.items()}
 
 
 def read(path) -> tuple[dict, Card]:

@@ -1,5 +1,4 @@
-"""Start-up shared by the entry points: allocator settings, the processes of a run, and errors as
-one line."""
+"""Start-up shared by the entry points: the processes of a run, and errors as one line."""
 
 import logging
 import os
@@ -23,15 +22,6 @@ _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Which of them this
 _JOIN = flags.DEFINE_float("join_timeout_seconds", 300, "Until all processes have to be there.")
 _DEAD = flags.DEFINE_float(
     "dead_peer_seconds", 60, "After which a silent process is dead and all others end.")
-
-# Without these a train step on CPU spends a sixth of its time in page faults: big arrays are
-# mapped and returned to the system at every step. glibc reads them only when a process starts.
-ALLOCATOR = ":".join((
-    "glibc.malloc.mmap_max=0",
-    f"glibc.malloc.trim_threshold={2**40}",
-    "glibc.malloc.arena_max=1",
-))
-
 
 def start(main) -> None:
     """Runs an absl main and shows a UserError as one line (exit 2)."""
@@ -89,14 +79,3 @@ def parse_flags(argv):
         told = (own or lines)[0].removeprefix("ValueError: ")
     print(f"error: {told}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
-
-
-def tune_allocator() -> None:
-    """Starts this very process anew with glibc's allocator tuned, once, on Linux.
-
-    A command calls it before its other imports, which would be made twice.
-    """
-    if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
-        return
-    os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -11,14 +11,14 @@ import pathlib
 import re
 from types import SimpleNamespace
 
-from sora_jax import runtime
+from sora_jax.core import allocator
 
 if __name__ == "__main__":  # before the slow imports: it may start this process anew
-    runtime.tune_allocator()
+    allocator.tune()
 
 from absl import flags
 
-from sora_jax import adapter_files, checkpoint, edit_command, run_config
+from sora_jax import adapter_files, checkpoint, edit_command, run_config, runtime
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import flatten, unflatten
 from sora_jax.data.encode import write_mp4

@@ -9,10 +9,10 @@ import os
 import pathlib
 import time
 
-from sora_jax import runtime
+from sora_jax.core import allocator
 
 if __name__ == "__main__":  # before the slow imports: it may start this process anew
-    runtime.tune_allocator()
+    allocator.tune()
 
 import jax
 from absl import flags
@@ -28,6 +28,7 @@ from sora_jax import (
     plan,
     processes,
     run_config,
+    runtime,
     sharding,
     shared_work,
     stopping,

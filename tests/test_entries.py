@@ -1,5 +1,9 @@
-"""The commands a user types, as real processes, on a run of configs/base.py:runlocal."""
+"""The commands a user types, as real processes, on a run of configs/base.py:runlocal.
 
+All compile without optimization but one test of sampling; tests/test_resume.py trains with it.
+"""
+
+import functools
 import json
 import re
 import shlex
@@ -10,12 +14,14 @@ import pytest
 from commands import NOT_OPTIMIZED, ROOT, call
 from PIL import Image
 
+quick = functools.partial(call, flags=NOT_OPTIMIZED)
+
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """The workdir of a finished trial run."""
     workdir = tmp_path_factory.mktemp("run")
-    call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={workdir}")
+    quick("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={workdir}")
     return workdir
 
 
@@ -46,15 +52,15 @@ def test_training_writes_metrics_samples_checkpoints_events_and_an_evaluation(ru
 
 def test_the_same_command_again_finds_nothing_left_to_train(run):
     before = (run / "metrics.jsonl").read_bytes()
-    call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}")
+    quick("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}")
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_adapters_are_trained_beside_a_run_and_sampled_as_a_file(run, tmp_path):
-    """The same clip from the base with the file as from the workdir of the adapters, and another
+    """The same picture from the base with the file as from the workdir of the adapters, and another
     than from the base; a base that is not theirs is one line."""
     lora = tmp_path / "lora"
-    process = call(
+    process = quick(
         "sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={lora}",
         f"--config.init.weights={run}", "--config.lora.rank=2", "--config.optim.optimizer=adamw",
         "--config.optim.learning_rate=0.05", "--config.optim.warmup_steps=1",
@@ -65,17 +71,18 @@ def test_adapters_are_trained_beside_a_run_and_sampled_as_a_file(run, tmp_path):
     assert f"wrote {adapters}" in process.stdout
 
     def sample(name, workdir, *arguments, check=True):
-        return call("sora_jax.sample", f"--workdir={workdir}", f"--out={tmp_path / name}.mp4",
-                    "--prompt=a red circle moves left", "--size=32x32", "--frames=5", "--steps=2",
-                    *arguments, check=check, flags=NOT_OPTIMIZED)
+        return quick("sora_jax.sample", f"--workdir={workdir}", f"--out={tmp_path / name}.png",
+                     "--prompt=a red circle moves left", "--size=32x32", "--frames=1", "--steps=2",
+                     *arguments, check=check)
 
     sample("file", run, f"--adapters={adapters}")
     sample("workdir", lora)
     sample("base", run)
-    file, workdir, base = (frames(tmp_path / f"{name}.mp4").astype(int)
+    file, workdir, base = (np.asarray(Image.open(tmp_path / f"{name}.png"), np.float32)
                            for name in ("file", "workdir", "base"))
-    assert np.abs(file - workdir).max() <= 4
-    assert np.abs(file - base).max() > 40
+    # on the mean: bfloat16 operands of products turn a last bit of a weight into levels of pixels
+    assert np.abs(file - base).mean() > 4
+    assert np.abs(file - workdir).mean() < 0.1 * np.abs(file - base).mean()
     process = sample("other", run, f"--adapters={adapters}", "--checkpoint_step=20", check=False)
     assert process.returncode == 2
     assert f"belong to {run} (digest" in process.stderr
@@ -83,7 +90,7 @@ def test_adapters_are_trained_beside_a_run_and_sampled_as_a_file(run, tmp_path):
 
 def test_eval_mode_evaluates_the_checkpoints_that_have_no_figures(run):
     expected = {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal()}
-    call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}", "--mode=eval")
+    quick("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}", "--mode=eval")
     rows = {row["step"]: row for row in lines(run / "eval.jsonl")}
     assert set(rows) == expected == {20, 40}
     assert rows[20]["validation_loss"] != rows[40]["validation_loss"]
@@ -109,9 +116,9 @@ def test_sampling_makes_the_asked_size_and_length_and_depends_on_seed_and_prompt
 def test_several_prompts_write_numbered_clips_and_a_sheet(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue square\n")
-    call("sora_jax.sample", f"--workdir={run}", f"--prompt_file={prompts}", "--size=32x32",
-         "--frames=1", "--steps=2", "--sampler=unipc", "--guidance=2", "--negative_prompt=grey",
-         "--guidance_interval=0.1,0.9", "--guidance_rescale=0.7", f"--out={tmp_path / 'x.png'}")
+    quick("sora_jax.sample", f"--workdir={run}", f"--prompt_file={prompts}", "--size=32x32",
+          "--frames=1", "--steps=2", "--sampler=unipc", "--guidance=2", "--negative_prompt=grey",
+          "--guidance_interval=0.1,0.9", "--guidance_rescale=0.7", f"--out={tmp_path / 'x.png'}")
     names = sorted(path.name for path in tmp_path.glob("x_*"))
     assert names == ["x_00.png", "x_01.png", "x_sheet.png"]
 
@@ -156,7 +163,7 @@ def test_every_command_of_the_readme_runs(run, folder, tmp_path):
             name = re.search(r"configs/(\w+)\.py", command)[1]
             words += [f"--workdir={tmp_path / name}", "--config.num_steps=8",
                       "--config.optim.warmup_steps=2"]
-        call(*words[2:])
+        quick(*words[2:])
     assert frames(tmp_path / "x.mp4").shape == (17, 64, 96, 3)
     report = next((tmp_path / "folder" / "data").rglob("report.txt")).read_text()
     assert "broken.mp4" in report

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import sys
 
 import pytest
 
@@ -146,6 +147,18 @@ def test_flags_are_read_by_entries_alone():
             names = {name for _, name in imports(path.read_text(), module, set(SOURCES))}
             assert "absl.flags" not in names and "from absl import flags" not in path.read_text(), (
                 f"{path.relative_to(ROOT)} reads flags")
+
+
+@pytest.mark.parametrize("entry", ["sora_jax.train", "sora_jax.sample"])
+def test_a_command_starts_anew_before_it_imports_anything_slow(entry):
+    """Else it makes its imports twice, jax among them."""
+    before = SOURCES[entry].read_text().partition('if __name__ == "__main__":')[0]
+    own = "sora_jax.core.allocator"
+    names = [name for source, module in ((before, entry), (SOURCES[own].read_text(), own))
+             for _, name in imports(source, module, set(SOURCES))]
+    assert own in names
+    slow = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names} - {own}
+    assert not slow
 
 
 @pytest.mark.parametrize("importer, source, reason", [

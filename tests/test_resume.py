@@ -16,7 +16,7 @@ COMMAND = (
     "--config.num_steps=24", "--config.log_every_steps=1", "--config.checkpoint.every_steps=4",
     "--config.sampling.num_clips=0", "--config.evaluation.num_prompts=0",
     "--config.evaluation.num_loss_clips=0", "--config.evaluation.num_vae_clips=0",
-    "--config.optim.warmup_steps=2",
+    "--config.optim.warmup_steps=2", "--config.model.num_layers=1", "--config.model.unroll=1",
 )
 
 

@@ -64,8 +64,8 @@ def test_a_bucket_is_told_by_the_last_bytes_in_their_order(length):
 
 def encode(ids, segments):
     model = TextBytes(CONFIG)
-    params = unbox(model.init(jax.random.key(0), ids, segments)["params"])
-    return model.apply({"params": params}, ids, segments)
+    params = unbox(jax.jit(model.init)(jax.random.key(0), ids, segments)["params"])
+    return jax.jit(model.apply)({"params": params}, ids, segments)
 
 
 def test_a_text_is_encoded_the_same_beside_any_other():

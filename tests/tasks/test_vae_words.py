@@ -24,7 +24,7 @@ def config_with(**changes):
                        "patch_frames": 2, "z_dim": 4, "context_blocks": (1, 1)})
     config.pixels.sizes = ({"frames": 3, "height": 8, "width": 8, "weight": 1.0, "batch": 8},)
     config.vae_loss.update({"words_weight": 0.01, "latent_noise": 0.5})
-    config.optim.update({"learning_rate": 5e-3, "warmup_steps": 0})
+    config.optim.update({"optimizer": "adamw", "learning_rate": 5e-3, "warmup_steps": 0})
     config.num_steps = 200
     for name, value in changes.items():
         config.vae_loss[name] = value
@@ -43,9 +43,9 @@ def batch(step):
 def test_words_pull_at_the_encoder_and_not_at_the_decoder():
     config = config_with()
     model = VideoVAE(config.vae)
-    params = sharding.unbox(vae.init(config, model, jax.random.key(0)))
-    slope = jax.grad(lambda p: vae.forward(
-        config, model, p, batch(0), jax.random.key(1)).words)(params)
+    params = jax.jit(lambda key: sharding.unbox(vae.init(config, model, key)))(jax.random.key(0))
+    slope = jax.jit(jax.grad(lambda p: vae.forward(
+        config, model, p, batch(0), jax.random.key(1)).words))(params)
     size = {name: max(float(np.abs(x).max()) for x in jax.tree.leaves(part))
             for name, part in slope.items()}
     assert size["encoder"] > 0 and size["words"] > 0 and size["decoder"] == 0
@@ -66,7 +66,8 @@ def test_words_are_learned_and_the_loss_counts_them_by_their_weight():
     assert nats[0] > 5 and np.mean(nats[-10:]) < 0.5 * 2 * np.log(2)
 
     model = VideoVAE(config.vae)
-    seen = vae.forward(config, model, state.params, batch(0), jax.random.key(1))
+    seen = vae.Forward(**jax.jit(lambda p: vars(vae.forward(
+        config, model, p, batch(0), jax.random.key(1))))(state.params))
     with_words, without = (
         sum(vae.losses(config_with(words_weight=weight), None, seen, jax.random.key(2))[:2])
         for weight in (0.03, 0.01))
