@@ -3,10 +3,10 @@ its mesh, optimizer, clipping and averaged weights, started as its commands are.
 
 import sys
 
-from sora_jax.core import allocator
+from sora_jax.core import startup
 
 if __name__ == "__main__" and "--mode=stock" not in sys.argv:
-    allocator.tune()
+    startup.tune()
 
 import types
 

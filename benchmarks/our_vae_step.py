@@ -3,10 +3,10 @@ package's own module, compiled once, started as the package's commands are."""
 
 import sys
 
-from sora_jax.core import allocator
+from sora_jax.core import startup
 
 if __name__ == "__main__" and "--mode=stock" not in sys.argv:
-    allocator.tune()
+    startup.tune()
 
 import jax
 import jax.numpy as jnp

@@ -18,10 +18,10 @@ import statistics
 import sys
 import time
 
-from sora_jax.core import allocator
+from sora_jax.core import startup
 
 if __name__ == "__main__":
-    allocator.tune()
+    startup.tune()
     if "--threads=1" in sys.argv:  # before jax counts the cores
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 

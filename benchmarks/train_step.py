@@ -9,10 +9,10 @@ of equal weights). Every contestant is a process; they take turns, one round of 
 torch (median over rounds of the ratio inside a round), useful tokens/s, and the share of the
 machine's matmul peak, or MFU where the chip is known (FLOPs of the packed clips alone).
 
-    ours         as the package's commands run: allocator set (core/allocator.py), no loop
+    ours         as the commands run: allocator and compiler set (core/startup.py), no loop
                  over layers
     ours scan    the layers in a loop (unroll 1), which compiles faster
-    ours stock   without the allocator's settings
+    ours stock   without these settings
     torch eager, torch compile        as installed
     tuned eager, tuned compile        MKL's fast path forced (it takes a slow one on AMD; needs cc)
                                       and the allocator settings of ours
@@ -48,7 +48,7 @@ PROGRAMS = ("our_step.py", "torch_peer.py")
 
 def fast_path(directory: str) -> dict[str, str]:
     """Environment in which MKL takes its Intel path and glibc our settings; {} without cc."""
-    from sora_jax.core.allocator import ALLOCATOR
+    from sora_jax.core.startup import ALLOCATOR
 
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:

@@ -9,7 +9,7 @@ contestant is a process; they take turns, one round of --steps steps each, --rou
 per contestant: median seconds of a step, and its time over that of each torch contestant (median
 over rounds of the ratio inside a round): below 1 is faster than torch.
 
-    ours, ours stock                      with and without the allocator's settings
+    ours, ours stock                      with and without core/startup.py
     torch eager, torch compile            as installed
     torch eager last, torch compile last  with channels last in memory
 

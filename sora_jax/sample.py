@@ -11,10 +11,10 @@ import pathlib
 import re
 from types import SimpleNamespace
 
-from sora_jax.core import allocator
+from sora_jax.core import startup
 
 if __name__ == "__main__":  # before the slow imports: it may start this process anew
-    allocator.tune()
+    startup.tune()
 
 from absl import flags
 

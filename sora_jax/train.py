@@ -9,10 +9,10 @@ import os
 import pathlib
 import time
 
-from sora_jax.core import allocator
+from sora_jax.core import startup
 
 if __name__ == "__main__":  # before the slow imports: it may start this process anew
-    allocator.tune()
+    startup.tune()
 
 import jax
 from absl import flags

@@ -153,7 +153,7 @@ def test_flags_are_read_by_entries_alone():
 def test_a_command_starts_anew_before_it_imports_anything_slow(entry):
     """Else it makes its imports twice, jax among them."""
     before = SOURCES[entry].read_text().partition('if __name__ == "__main__":')[0]
-    own = "sora_jax.core.allocator"
+    own = "sora_jax.core.startup"
     names = [name for source, module in ((before, entry), (SOURCES[own].read_text(), own))
              for _, name in imports(source, module, set(SOURCES))]
     assert own in names
