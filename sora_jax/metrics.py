@@ -167,24 +167,35 @@ class Progress:
 
     The counts of the logged step stand for all steps since the line before. Time inside
     not_counted() (evaluation, samples) does not slow the speeds; it does not count as time left.
+    A line may be printed late: started(step) says when its step began.
     """
 
     def __init__(self, num_steps: int, start_step: int = 0, clock=time.monotonic):
         self._num_steps, self._clock = num_steps, clock
+        self._apart = 0.0  # seconds that are not counted
         self._last_step, self._last_time = start_step, clock()
+        self._started = {}
         self._step_seconds, self._num_intervals = None, 0
+
+    def _now(self):
+        """The clock without what is not counted."""
+        return self._clock() - self._apart
+
+    def started(self, step: int) -> None:
+        """To be called as `step`, whose line comes later, is started."""
+        self._started[step] = self._now()
 
     @contextlib.contextmanager
     def not_counted(self):
         """Work inside the block is no training."""
         begin = self._clock()
         yield
-        self._last_time += self._clock() - begin
+        self._apart += self._clock() - begin
 
     def speeds(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """clips_per_second, useful_tokens_per_second, padding_percent and steps_per_second since
-        the call before; those whose counts are not in metrics are left out."""
-        now = self._clock()
+        the step of the call before; those whose counts are not in metrics are left out."""
+        now = self._started.pop(step) if step in self._started else self._now()
         steps, seconds = step - self._last_step, max(now - self._last_time, 1e-9)
         seconds_a_step = seconds / max(1, steps)
         # The first interval holds the compilation: the second replaces it, later ones are averaged.

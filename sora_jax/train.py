@@ -99,6 +99,7 @@ def train(config: run_config.RunConfig, workdir: str) -> int | None:
             clock.step(scalars["loss"])
             times = functools.partial(timing_of, clock, batch)
             if step % config.log_every_steps == 0 or step == config.num_steps:
+                progress.started(step)
                 log(late.push(step, scalars), writer, progress, times)
             if stop.after(step):
                 log(late.flush(), writer, progress, times)

@@ -130,6 +130,20 @@ def test_evaluation_does_not_slow_the_speeds():
     assert progress.speeds(2, {"loss": 0.0})["steps_per_second"] == pytest.approx(1.0)
 
 
+def test_a_line_that_comes_late_has_the_speed_of_its_own_steps():
+    now = [0.0]
+    progress = Progress(100, clock=lambda: now[0])
+    now[0] = 20.0
+    progress.started(10)
+    now[0] = 30.0
+    progress.started(20)
+    with progress.not_counted():  # samples, before either line is printed
+        now[0] = 90.0
+    assert [progress.speeds(step, {})["steps_per_second"] for step in (10, 20)] == [0.5, 1.0]
+    now[0] = 100.0
+    assert progress.speeds(30, {})["steps_per_second"] == pytest.approx(10 / 10)
+
+
 def test_replicated_scalars_of_eight_devices_are_fetched():
     mesh = jax.make_mesh((8,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
