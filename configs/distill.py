@@ -2,8 +2,10 @@
 
 Command:  python -m sora_jax.train --config=configs/distill.py --config.init.weights=runs/base
 Before:   the teacher, python -m sora_jax.train --config=configs/base.py
-Time:     not measured yet; a step has 1.8 times base's FLOPs (--mode=plan: 155 and 87 GFLOP)
-Result:   not measured yet
+Time:     9 minutes on two CPU cores
+Result:   as far as so weak a teacher tells, four calls in the place of a hundred cost nothing: on 128
+          held-out prompts colour is right in 97 %, direction in 63 %, shape in 5 %; of the teacher
+          in 50 guided steps in 98, 64 and 2 % (docs/results.md)
 """
 
 import pathlib
@@ -20,7 +22,7 @@ def get_config(arg: str = ""):
     config.init.weights = teacher
     config.data.data_dir = f"{teacher}/data"
     config.latents.directory = f"{teacher}/latents"
-    config.num_steps = 20 if arg == "runlocal" else 600
+    config.num_steps = 20 if arg == "runlocal" else 400
     config.packing.caption_drop = 0.0  # the student is asked without guidance
     config.optim.update({"learning_rate": 5e-4, "decay": "constant", "ema_decay": 0.98})
     config.sampling.update({"guidance": 1.0, "num_steps": 4, "first_step": 0})
