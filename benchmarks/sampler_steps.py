@@ -20,7 +20,7 @@ from sora_jax import checkpoint, run_config
 from sora_jax.core.errors import UserError
 from sora_jax.evaluation.prompt_match import JUDGED, prompt_match
 from sora_jax.metrics import read_json_lines
-from sora_jax.sample import changed
+from sora_jax.run_sections import changed_sampling
 from sora_jax.tasks import diffusion, latents
 from sora_jax.weights.vae_files import load_vae
 
@@ -61,7 +61,8 @@ def made(workdir: str, pairs, num_prompts: int):
     requests = diffusion.held_out_requests(
         latents.open_latents(config, workdir, vae, "held_out"), num_prompts, config.evaluation.seed)
     for sampler, count in pairs:
-        settings = changed(config.sampling, {"sampler": sampler, "num_steps": count})
+        settings = changed_sampling(
+            config.sampling, {"sampler": sampler, "num_steps": count})
         sample = diffusion.make_sampler(config, model, vae, **dataclasses.asdict(settings))
         yield ((sampler, count), sample(params, requests),
                [request.prompt for request in requests])

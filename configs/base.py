@@ -271,7 +271,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "clip_norm": 1.0,
         "ema_decay": 0.995,
         "accumulate_steps": 1,  # parts of the rows whose gradients are added
-        "offload": (),  # parts of the state in the host's memory: optimizer, average
+        "offload": (),  # parts of the state in the host's memory: optimizer, average, parameters
         "train_first": "",  # a pattern of names that alone train in the first steps
         "train_first_steps": 0,
         "state_dtype": "float32",  # of first moments; or bfloat16

@@ -9,6 +9,8 @@ the frozen part once: no gradient, no moments of the optimizer and no average is
 
 import jax.numpy as jnp
 
+from sora_jax.core.host_memory import brought
+
 PAIR = {"a", "b"}
 PARAMS, SCALE = "params", "lora_scale"
 
@@ -20,8 +22,8 @@ def whole(frozen: dict, trained):
     """
     if not frozen:
         return trained
-    return _overlay(frozen[PARAMS], trained, lambda matrix, pair: matrix + (
-        frozen[SCALE] * low_rank(pair)).astype(matrix.dtype))
+    return _overlay(frozen[PARAMS], trained, lambda matrix, pair: brought(matrix) + (
+        frozen[SCALE] * low_rank(brought(pair))).astype(matrix.dtype))
 
 
 def like_whole(frozen: dict, trained):

@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from sora_jax import frozen, offload, optim, plan_flops, sharding
+from sora_jax import frozen, offload, optim, plan_flops, plan_host, sharding
 from sora_jax.core import axes, chips, collectives, flops
 from sora_jax.core.tree import named_leaves, num_bytes
 from sora_jax.models import attention
@@ -40,11 +40,9 @@ def show(config: RunConfig) -> dict[str, float]:
     print()
     print(sharding.describe(batch, split))
     step = make_step(config, task, tx, mesh, shardings)
-    rows = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split[name])
-            for name, leaf in batch.items()}
+    abstract, rows = plan_host.placed(abstract, shardings), plan_host.placed(batch, split)
     compiled = step.lower(abstract, rows).compile()
-    memory = compiled.memory_analysis()
-    on_host = offload.host_bytes(abstract, shardings)
+    memory = plan_host.memory(config, mesh, tx, compiled)
     found = collectives.collectives(compiled.as_text()) if mesh.size > 1 else []
     step_flops, num_loops = flops.count(step, abstract, rows)
     vae = initial_vae.for_outline(config).config if config.task in SAMPLED_TASKS else None
@@ -64,7 +62,7 @@ def show(config: RunConfig) -> dict[str, float]:
         "argument_bytes_per_device": getattr(memory, "argument_size_in_bytes", 0),
         "temporary_bytes_per_device": getattr(memory, "temp_size_in_bytes", 0),
         "bytes_per_device": held_bytes(memory, abstract, shardings),
-        **({"host_bytes_per_device": on_host} if on_host else {}),
+        **plan_host.figures(config, mesh, tx, abstract, shardings),
         "flops_per_device_and_step": step_flops / mesh.size,
         "loops_counted_once": num_loops,
         "exchanged_bytes_per_device": exchanged_bytes(abstract.params, shardings.params, mesh)
@@ -130,13 +128,17 @@ def device_bytes(memory) -> int:
 
 
 def held_bytes(memory, abstract, shardings) -> int:
-    """`device_bytes` without what lies on the host, which a CPU's compiler counts along. In the
-    update that is on the device, and gradients in the place of activations."""
+    """`device_bytes` without what lies on the host, which a CPU's compiler counts along: parts of
+    the state and gradients of layers. In the update all that is trained is on the device, and
+    gradients in the place of activations."""
     on_host = offload.host_bytes(abstract, shardings)
+    frozen_there = offload.host_bytes(abstract.frozen, shardings.frozen)
     if not on_host:
         return device_bytes(memory)
-    in_update = split_bytes(abstract, shardings) + split_bytes(abstract.params, shardings.params)
-    return max(device_bytes(memory) - on_host, in_update)
+    in_update = split_bytes(abstract, shardings) - frozen_there + split_bytes(
+        abstract.params, shardings.params)
+    gradients = offload.gradient_bytes(abstract, shardings)
+    return max(device_bytes(memory) - on_host - gradients, in_update)
 
 
 def split_bytes(abstract, shardings) -> int:

@@ -248,6 +248,8 @@ def resolve(mapping) -> RunConfig:
         _check_mup(config)
     if config.lora.rank:
         _check_lora(config)
+    if "parameters" in config.optim.offload:
+        _check_offload(config)
     return config
 
 
@@ -277,6 +279,23 @@ def _check_lora(config: RunConfig) -> None:
     if any(group.freeze for group in config.optim.groups):
         raise UserError(f"{shown} freezes all but the adapters, and optim.groups freeze "
                         "parameters, too; leave that out and narrow lora.targets")
+
+
+def _check_offload(config: RunConfig) -> None:
+    """Raises UserError where weights would not be fetched layer by layer."""
+    shown, model = f"optim.offload = {config.optim.offload}", config.model
+    if config.task not in SAMPLED_TASKS:
+        raise UserError(f"{shown} fetches the transformer's layers; leave 'parameters' out with "
+                        f"task = {config.task!r}")
+    if config.lora.rank:
+        raise UserError(f"{shown} fetches layers one by one and lora.rank = {config.lora.rank} "
+                        "merges adapters into all of them at once; leave 'parameters' out")
+    if model.remat == "none":
+        raise UserError(f"{shown} and model.remat = 'none', which keeps the weights of all layers "
+                        "for the gradient; set it to dots, offload or full")
+    if model.unroll >= model.num_layers:
+        raise UserError(f"{shown} fetches layers in a loop and model.unroll = {model.unroll} "
+                        f"writes out all {model.num_layers} layers; set it to 1")
 
 
 def _check_text(config: RunConfig) -> None:

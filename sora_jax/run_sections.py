@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 from sora_jax.core.errors import UserError
 from sora_jax.diffusion.grids import FLOW_SPACINGS
@@ -109,7 +110,12 @@ class SamplingConfig:
     resample_jump: int = 4
 
     def __post_init__(self):
-        check_sampling(self, lambda field, value: f"sampling.{field} = {value}")
+        check_sampling(self, shown_in_config)
+
+
+def shown_in_config(field: str, value) -> str:
+    """How a config writes a field of the sampling section."""
+    return f"sampling.{field} = {value}"
 
 
 def check_sampling(config, shown) -> None:
@@ -141,6 +147,17 @@ def check_sampling(config, shown) -> None:
     first, last = config.guidance_interval
     if not 0 <= first <= last <= 1:
         refuse("guidance_interval", "must be two times from 0 (data) to 1 (noise), smaller first")
+
+
+def changed_sampling(sampling: SamplingConfig, changes: dict, shown=shown_in_config
+                     ) -> SamplingConfig:
+    """The section with other values; its eta belongs to its own sampler and does not go over to
+    another. Raises UserError as check_sampling does."""
+    if changes.get("sampler", "ddim") != "ddim":
+        changes = {"eta": 0.0, **changes}
+    wanted = {**dataclasses.asdict(sampling), **changes}
+    check_sampling(SimpleNamespace(**wanted), shown)
+    return SamplingConfig(**wanted)
 
 
 @dataclasses.dataclass(frozen=True)

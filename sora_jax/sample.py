@@ -9,7 +9,6 @@ The editing flags are those of edit_command.py; see docs/editing.md.
 import dataclasses
 import pathlib
 import re
-from types import SimpleNamespace
 
 from sora_jax.core import startup
 
@@ -24,7 +23,7 @@ from sora_jax.core.tree import flatten, unflatten
 from sora_jax.data.encode import write_mp4
 from sora_jax.diffusion.consistency import check_student
 from sora_jax.diffusion.solvers import SAMPLERS
-from sora_jax.run_sections import SamplingConfig, check_sampling
+from sora_jax.run_sections import changed_sampling
 from sora_jax.tasks import diffusion
 from sora_jax.tasks.contact_sheet import contact_sheet, write_png
 from sora_jax.weights.vae_files import load_vae
@@ -76,7 +75,7 @@ def main(_):
     config = run_config.load_workdir(workdir)
     if ask.edit == "draft" and config.task != "distill":
         changes.setdefault("num_steps", edit_command.DRAFT_STEPS)
-    settings = changed(config.sampling, changes)
+    settings = changed_sampling(config.sampling, changes, written)
     if config.task not in run_config.SAMPLED_TASKS:
         raise UserError(f"{workdir} trained task {config.task!r}; sampling needs "
                         f"{' or '.join(run_config.SAMPLED_TASKS)}")
@@ -145,15 +144,6 @@ def sampling_changes() -> dict:
         "resample_times": _RESAMPLE.value,
     }
     return {field: value for field, value in given.items() if value is not None}
-
-
-def changed(sampling: SamplingConfig, changes: dict) -> SamplingConfig:
-    """The section with the flags' values. Raises UserError that names the flags."""
-    if changes.get("sampler", "ddim") != "ddim":
-        changes = {"eta": 0.0, **changes}  # the run's eta is of its own sampler
-    wanted = {**dataclasses.asdict(sampling), **changes}
-    check_sampling(SimpleNamespace(**wanted), written)
-    return SamplingConfig(**wanted)
 
 
 def written(field: str, value) -> str:

@@ -42,8 +42,8 @@ def create(params, tx: optax.GradientTransformation, keep_initial: bool = False,
 
 def averaged_weights(state: TrainState):
     """The averaged parameters of the whole network, with adapters merged."""
-    averaged = offload.on_device(state.ema_params)
-    return jax.jit(frozen_part.whole)(state.frozen, averaged) if state.frozen else averaged
+    held, averaged = offload.on_device((state.frozen, state.ema_params))
+    return jax.jit(frozen_part.whole)(held, averaged) if held else averaged
 
 
 def ema_decay_at(ema_decay: float, num_updates):

@@ -8,6 +8,7 @@ from jax.sharding import use_abstract_mesh
 
 from sora_jax import frozen, lora, offload, run_config, sharding, train_state
 from sora_jax.core.errors import UserError
+from sora_jax.core.host_memory import brought
 from sora_jax.core.rng import stream
 from sora_jax.core.tree import named_leaves
 from sora_jax.parameter_groups import check_matches, is_frozen
@@ -30,7 +31,7 @@ def state_functions(config, task: Task, tx, mesh):
     parted = parter(config, boxed)
 
     def begun_with(weights):
-        boxed_params, held = parted(weights)
+        boxed_params, held = parted(brought(weights))
         return train_state.create(sharding.unbox(boxed_params), tx, task.from_teacher, held)
 
     def random():
@@ -103,21 +104,26 @@ def make_step(config, task: Task, tx, mesh, shardings):
 
     def step(state, batch):
         batch = jax.lax.with_sharding_constraint(batch, sharding.batch_shardings(batch, mesh))
-        state = offload.fetched(state, shardings)
+        params = offload.for_scan(state.params, shardings.params)
+        held = offload.for_scan(state.frozen, shardings.frozen)
+        state = offload.fetched(state, shardings).replace(frozen=state.frozen)
         key = stream(config.seed, "train", state.step)
-        whole, teachers = functools.partial(frozen.whole, state.frozen), {}
+        whole, teachers = functools.partial(frozen.whole, held), {}
         if task.from_teacher:
             teachers = {"average": whole(state.ema_params), "teacher": whole(state.initial_params)}
 
         def loss_fn(params, batch, key):
             return task.loss(whole(params), batch, key, **teachers)
 
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        def gradient(params, batch, key):
+            told, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+            return told, brought(grads)
+
         if num_parts > 1:
             gradient = functools.partial(
                 accumulated, gradient, task, num_parts, mesh, shardings.params)
         with use_abstract_mesh(mesh.abstract_mesh):
-            (loss, scalars), grads = gradient(state.params, batch, key)
+            (loss, scalars), grads = gradient(params, batch, key)
         state, update = train_state.apply_gradients(
             state, grads, tx, config.optim.ema_decay, loss
         )

@@ -12,10 +12,13 @@ def test_every_config_compiles_in_plan_mode(name):
     folder = ["--config.data.folder=somewhere"] if of_folder else []
     vae = ["--config.latents.vae=builtin:moving_shapes"]
     mesh = ["mesh.num_devices=8", "mesh.sequence=2", "mesh.tensor=2", "optim.optimizer=adamw",
-            "optim.accumulate_steps=2"] if name == "base_edit" else []
+            "optim.accumulate_steps=2", "model.unroll=1", "model.remat=offload",
+            "optim.offload=('optimizer', 'parameters')"] if name == "base_edit" else []
     process = call("sora_jax.train", f"--config=configs/{name}.py:runlocal", "--mode=plan",
                    *folder, *vae, *(f"--config.{field}" for field in mesh), flags=NOT_OPTIMIZED)
     assert not mesh or "data+fsdp, sequence" in process.stdout
+    for told in ("host_bytes_per_device", "host_moved_bytes_per_device"):
+        assert (told in process.stdout) == bool(mesh)
     assert "parameters" in process.stdout and "state_bytes" in process.stdout
 
 

@@ -44,6 +44,7 @@ LAYERS = {
     "runtime": 5,
     "plan": 5,
     "plan_flops": 5,
+    "plan_host": 5,
     "eval_job": 5,
     "train": 5,
     "sample": 5,

@@ -12,12 +12,14 @@ from sora_jax.checkpoint import CheckpointConfig, Checkpointer
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import named_leaves
 from sora_jax.lora import LoRAConfig
+from sora_jax.parameter_groups import ParameterGroup
 from sora_jax.sharding import MeshConfig
 from sora_jax.tasks.task import Task
 from sora_jax.train_step import check_batches
 from tests.two_matrices import Run, init, loss
 
 BOTH = ("optimizer", "average")
+ALL = (*BOTH, "parameters")
 
 
 def equal(a, b):
@@ -38,16 +40,18 @@ def kinds(state):
     {}, {"mesh": MeshConfig(data=2, fsdp=2, tensor=2), "devices": jax.devices()},
     {"adapted": LoRAConfig(rank=2, alpha=6.0, targets=("mlp_in/kernel", "head"))},
     {"optimizer": "schedule_free", "ema_decay": 0.0}, {"optimizer": "muon"},
-    {"state_dtype": "bfloat16"},
+    {"state_dtype": "bfloat16"}, {"accumulate_steps": 2},
+    {"groups": (ParameterGroup("mlp_out", freeze=True),)},
 ])
 def test_steps_are_the_same_bits_and_only_what_is_asked_for_lies_on_the_host(how):
     plain, (state, losses) = Run(**how), Run(**how).after(4)
-    for parts in (("optimizer",), BOTH):
+    for parts in (("optimizer",), ("parameters",), ALL):
         run = Run(**how, offload=parts)
         again, again_losses = run.after(4)
         assert again_losses == losses
         equal(again, state)
-        on_host = {offload.FIELDS[part] for part in parts}
+        on_host = {field for part in parts for field in offload.FIELDS[part]}
+        on_host &= set(kinds(state))  # not every run has frozen parameters
         for held in (run.create(), again):
             assert {field for field, found in kinds(held).items() if "pinned_host" in found} == (
                 on_host)
@@ -59,18 +63,31 @@ def test_steps_are_the_same_bits_and_only_what_is_asked_for_lies_on_the_host(how
 
 
 def test_a_checkpoint_goes_from_host_to_device_and_back(tmp_path):
-    plain, run = Run(), Run(offload=BOTH)
+    plain, run = Run(), Run(offload=ALL)
     begun, (end, losses) = run.after(2)[0], plain.after(4)
     with Checkpointer(tmp_path, CheckpointConfig(), report=print) as checkpoints:
         checkpoints.save(2, begun)
         checkpoints.wait()
         for other in (run, plain):
             state = checkpoints.restore_or_create(other.abstract, other.shardings, other.create)
-            assert ("pinned_host" in kinds(state)["opt_state"]) == (other is run)
+            for field in ("params", "opt_state"):
+                assert ("pinned_host" in kinds(state)[field]) == (other is run)
             equal(state, begun)
             state, later = other.after(2, state)
             equal(state, end)
             assert later == losses[2:]
+
+
+def test_a_state_is_begun_with_weights_that_lie_on_the_host():
+    run, plain = Run(offload=ALL), Run()
+    weights = jax.device_put(plain.create().params, run.shardings.params)
+    assert all(offload.is_on_host(x.sharding) for x in jax.tree.leaves(weights))
+    state = run.create(weights)
+    assert all(x.is_deleted() for x in jax.tree.leaves(weights))
+    equal(state, plain.create())
+    before = jax.tree.leaves(state)
+    run.after(1, state)
+    assert all(x.is_deleted() for x in before)  # also on the host no second state
 
 
 def test_a_teachers_average_is_read_from_the_host():
@@ -80,11 +97,11 @@ def test_a_teachers_average_is_read_from_the_host():
 
     task = Task(name="test", init=init, loss=taught, from_teacher=True)
     told = []
-    for parts in ((), BOTH):
+    for parts in ((), BOTH, ALL):
         run = Run(task=task, offload=parts)
         run.after(3)
         told.append(run.told["average"])
-    assert told[0] == told[1] and len(set(told[0])) == 3
+    assert told[0] == told[1] == told[2] and len(set(told[0])) == 3
 
 
 def test_bytes_on_the_host_are_those_of_its_parts_and_a_plan_takes_them_off():
@@ -108,6 +125,29 @@ def test_bytes_on_the_host_are_those_of_its_parts_and_a_plan_takes_them_off():
     assert held(10 * params, Run()) == 10 * params
 
 
+def test_weights_on_the_host_take_gradients_along_and_come_for_every_pass():
+    run = Run(offload=("parameters",), mesh=MeshConfig(data=1, fsdp=2), devices=jax.devices()[:2])
+    blocks, head = 4 * (3 * 8 * 12 // 2 * 2 + 3 * 12), 4 * 8 * 8 // 2
+    assert offload.host_bytes(run.abstract, run.shardings) == blocks + head
+    assert offload.gradient_bytes(run.abstract, run.shardings) == blocks
+    for num_parts in (1, 4):  # in each forward, backward, gradients there and back; an update
+        assert offload.moved_bytes(run.abstract, run.shardings, num_parts) == (
+            blocks * (4 * num_parts + 2) + head * 2)
+    memory = types.SimpleNamespace(argument_size_in_bytes=9 * 10**6, temp_size_in_bytes=10**6)
+    assert plan.held_bytes(memory, run.abstract, run.shardings) == 10**7 - 2 * blocks - head
+    update = plan.split_bytes(run.abstract, run.shardings) + blocks + head
+    memory = types.SimpleNamespace(argument_size_in_bytes=0)
+    assert plan.held_bytes(memory, run.abstract, run.shardings) == update
+
+    run = Run(offload=("parameters",), groups=(ParameterGroup("mlp_out", freeze=True),))
+    held, trained = 4 * 3 * 12 * 8, 4 * (3 * 8 * 12 + 3 * 12)
+    assert offload.gradient_bytes(run.abstract, run.shardings) == trained
+    assert offload.moved_bytes(run.abstract, run.shardings) == (
+        6 * trained + 2 * held + 2 * 4 * 8 * 8)
+    assert plan.held_bytes(memory, run.abstract, run.shardings) == (
+        plan.split_bytes(run.abstract, run.shardings) - held + trained + 4 * 8 * 8)
+
+
 def test_a_backend_without_host_memory_is_one_line(monkeypatch):
     """Asked of devices, before anything is compiled."""
     device = types.SimpleNamespace(
@@ -128,6 +168,23 @@ def test_a_backend_without_host_memory_is_one_line(monkeypatch):
 def test_an_unknown_part_is_refused_by_name_and_a_run_may_change_its_mind():
     config = base.get_config("runlocal")
     config.optim.offload = ("optimiser",)
-    with pytest.raises(UserError, match="optim.offload has 'optimiser'; allowed: optimizer, avera"):
+    with pytest.raises(UserError, match="has 'optimiser'; allowed: optimizer, average, parameters"):
         run_config.resolve(config)
     assert "optim.offload" in run_config.FREE_FIELDS
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"task": "vae"}, "fetches the transformer's layers; leave 'parameters' out with task = 'vae'"),
+    ({"lora.rank": 2, "lora.targets": ("qkv",), "init.weights": "runs/base"},
+     "lora.rank = 2 merges adapters into all of them"),
+    ({"model.remat": "none"}, "model.remat = 'none', which keeps the weights of all layers"),
+    ({"model.unroll": 2}, "model.unroll = 2 writes out all 2 layers; set it to 1"),
+])
+def test_weights_that_would_not_come_layer_by_layer_are_refused(changes, told):
+    config = base.get_config("runlocal")
+    config.optim.offload = ("parameters",)
+    config.update_from_flattened_dict({"model.remat": "full", "model.unroll": 1})
+    run_config.resolve(config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=told):
+        run_config.resolve(config)

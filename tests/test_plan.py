@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import plan, sharding
+from configs import base
+from sora_jax import optim, plan, plan_host, run_config, sharding
 from sora_jax.core import chips, flops
 from sora_jax.core.errors import UserError
 
@@ -86,6 +87,28 @@ def test_the_held_bytes_of_a_donated_step_count_its_state_once():
     x = jax.ShapeDtypeStruct((1024,), jnp.float32)
     held = plan.device_bytes(step.lower(x).compile().memory_analysis())
     assert 4096 <= held < 2 * 4096
+
+
+@pytest.mark.parametrize("sizes, num_parts", [((1, 1, 1), 1), ((1, 1, 1), 2), ((2, 2, 2), 1)])
+def test_activations_kept_on_the_host_are_the_results_of_products(sizes, num_parts):
+    width, layers, rows, tokens, text, clips = 32, 4, 8, 64, 80, 16
+    config = base.get_config("runlocal")
+    config.model.update({"width": width, "num_layers": layers, "unroll": 1, "local_width": 0,
+                         "remat": "offload", "product_dtype": "float32"})
+    config.packing.update({"rows": rows, "row_tokens": tokens, "row_text": 4 * text,  # bytes
+                           "max_clips": clips})
+    config.optim.update({"optimizer": "adamw", "accumulate_steps": num_parts,
+                         "offload": ("average", "parameters")})
+    config.mesh.update(dict(zip(("data", "fsdp", "sequence"), sizes, strict=True)))
+    config = run_config.resolve(config)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:np.prod(sizes)])
+    tx = optim.make_optimizer(config.optim, config.num_steps)
+    # Of a token: qkv, the output, queries and output for text, an MLP of 4 widths, and what
+    # attention returns twice; of text keys and values; of a clip six parts of its modulation.
+    of_tokens, of_rest = 13 * width * tokens, 2 * width * text + 6 * width * clips
+    data, fsdp, sequence = sizes
+    assert plan_host.kept_on_host(config, mesh, tx) == (
+        4 * layers * rows // num_parts // (data * fsdp) * (of_tokens // sequence + of_rest))
 
 
 def test_the_verdict_names_what_binds_and_whether_it_fits():

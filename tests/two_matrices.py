@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from sora_jax import sharding
+from sora_jax.core.host_memory import brought
 from sora_jax.lora import LoRAConfig
 from sora_jax.optim import OptimConfig, make_optimizer
 from sora_jax.sharding import MeshConfig
@@ -40,6 +41,7 @@ def init(key):
 
 def predict(params, x_BD):
     def layer(x, p):
+        p = brought(p)  # as the transformer's scan does
         hidden = jnp.tanh(x @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"])
         return x + hidden @ p["mlp_out"]["kernel"], None
 

@@ -27,6 +27,21 @@ def count_within(scope: str, function, *arguments) -> tuple[float, float]:
     return total, within
 
 
+def sent_to_host(function, *arguments) -> list[tuple[tuple[int, ...], int]]:
+    """(shape, bytes) of every array that a function sends to the memory of the host by the rules of
+    rematerialisation; bytes are those of all rounds of the loops around it."""
+    def walk(jaxpr, times):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "device_put":
+                yield from (
+                    (x.aval.shape, times * math.prod(x.aval.shape) * x.aval.dtype.itemsize)
+                    for x in eqn.outvars if x.aval.memory_space == jax.memory.Space.Host)
+            for sub in _inner(eqn.params):
+                yield from walk(sub, times * eqn.params.get("length", 1))
+
+    return list(walk(jax.make_jaxpr(function)(*arguments).jaxpr, 1))
+
+
 def _of(jaxpr, scope: str | None = None, inside: bool = False) -> tuple[float, float, int]:
     """(operations, those within the scope, loops of unknown length); inside: all is within it."""
     total, within, loops = 0.0, 0.0, 0

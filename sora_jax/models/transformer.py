@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sora_jax.core.errors import UserError
+from sora_jax.core.host_memory import brought
 from sora_jax.models.attention_layouts import layer_kinds
 from sora_jax.models.attention_plans import plan_meetings
 from sora_jax.models.layers import (
@@ -97,6 +98,8 @@ class Transformer(nn.Module):
     def blocks(self):
         config = self.config
         block = TransformerBlock
+        if not self.is_initializing():  # inside remat: weights come again for the gradient
+            block = nn.map_variables(block, "params", brought)
         if REMAT_POLICIES[config.remat] is not None:
             block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         return nn.scan(

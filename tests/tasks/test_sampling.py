@@ -12,6 +12,7 @@ from configs import base
 from sora_jax import run_config, sample
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import VideoSpec
+from sora_jax.run_sections import changed_sampling
 from sora_jax.tasks import diffusion, sampling
 from sora_jax.tasks.requests import Request
 from sora_jax.weights.vae_files import load_vae
@@ -104,11 +105,11 @@ def test_settings_no_sampler_can_use_are_refused_by_field(make, settings, words)
 def test_the_command_names_its_flags(changes, words):
     settings = run_config.resolve(base.get_config()).sampling
     with pytest.raises(UserError, match=words):
-        sample.changed(settings, changes)
+        changed_sampling(settings, changes, sample.written)
     with pytest.raises(UserError, match="--guidance_interval=x should be FIRST,LAST"):
         sample.parse_interval(["x"])
-    stochastic = sample.changed(settings, {"sampler": "ddim", "eta": 0.5})
-    assert sample.changed(stochastic, {"sampler": "heun"}).eta == 0
+    stochastic = changed_sampling(settings, {"sampler": "ddim", "eta": 0.5})
+    assert changed_sampling(stochastic, {"sampler": "heun"}).eta == 0
 
 
 def test_a_run_from_before_these_settings_samples_as_it_did():
