@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -109,6 +110,18 @@ def test_a_job_set_names_only_what_it_has_and_counts_its_pods_once(name):
         rows, columns = spec["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
         chips = job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
         assert int(rows) * int(columns) == chips
+
+
+@pytest.mark.parametrize("name", JOB_SETS)
+def test_the_job_of_a_job_set_is_valid_for_kubernetes(name):
+    (replicated,) = document(name)["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "one"},
+           "spec": replicated["template"]["spec"]}
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(job, version, strict=True)
+    job["spec"]["paralelism"] = job["spec"].pop("parallelism")
+    with pytest.raises(kubernetes_validate.ValidationError, match="paralelism"):
+        kubernetes_validate.validate(job, version, strict=True)
 
 
 def test_the_skypilot_task_asks_for_spot_nodes_and_tells_processes_their_places():
