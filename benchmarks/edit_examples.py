@@ -3,7 +3,8 @@
     python benchmarks/edit_examples.py --workdir=runs/base_edit --out=OUT.png [--keep=DIR]
 
 The clips are the first two held-out ones of moving_shapes of the greatest length and of one size.
---keep: where inputs and results stay as files; without it they are thrown away.
+--keep: where inputs and results stay as files, and results that are there are not made again;
+without it they are thrown away.
 """
 
 import argparse
@@ -30,6 +31,7 @@ def commands(first, second) -> dict[str, list[str]]:
     a, b = "--video=DIR/a.mp4", "--video_b=DIR/b.mp4"
     size = f"--size={first.height}x{first.width}"
     wide = f"--size={first.height}x{2 * first.width}"
+    large = f"--size={2 * first.height}x{2 * first.width}"
     return {
         "image": ["--image=DIR/a.png", said, f"--frames={first.num_frames}"],
         "forward": [a, "--extend=forward", said, f"--frames={2 * first.num_frames - 1}"],
@@ -43,7 +45,7 @@ def commands(first, second) -> dict[str, list[str]]:
         "interpolate_clips": [a, b, "--interpolate=3", "--guidance=1", said],
         "interpolate_prompts": [said, f"--prompt={second.captions[0]}", "--interpolate=3", size],
         "variations": [said, "--variations=3", size],
-        "draft": [said, "--draft", wide],
+        "draft": [said, "--draft", large],
     }
 
 
@@ -81,17 +83,22 @@ def sampled(workdir: str, name: str, flags: list[str], directory: pathlib.Path):
     """(clips, captions) that the command with these flags writes."""
     flags = [flag.replace("DIR", str(directory)) for flag in flags]
     out = directory / f"{name}.mp4"
-    done = subprocess.run(
-        [sys.executable, "-m", "sora_jax.sample", f"--workdir={workdir}", f"--out={out}", *flags],
-        capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr.strip()[-2000:]}")
-    paths = [out] if out.exists() else sorted(directory.glob(f"{name}_[0-9]*.mp4"))
+    command = ["-m", "sora_jax.sample", f"--workdir={workdir}", f"--out={out}", *flags]
+    if not written(out):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name}: {done.stderr.strip()[-2000:]}")
+    paths = written(out)
     shown = " ".join(flag.replace(f"{directory}/", "") for flag in flags)
     print(f"{name}: {len(paths)} clips", flush=True)
     return [decode_video(str(path)).pixels_THWC for path in paths], [
         f"{shown} ({i + 1} of {len(paths)})" if len(paths) > 1 else shown
         for i in range(len(paths))]
+
+
+def written(out: pathlib.Path) -> list[pathlib.Path]:
+    """The clips of a command, one or several, that are there."""
+    return [out] if out.exists() else sorted(out.parent.glob(f"{out.stem}_[0-9]*.mp4"))
 
 
 def main():
