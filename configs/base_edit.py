@@ -3,7 +3,7 @@
 Command:  python -m sora_jax.train --config=configs/base_edit.py
 Time:     not measured from scratch; a step has 1.23 times base's FLOPs (--mode=plan), as tokens
           have times
-Result:   240 steps from the weights of a text-only run (--config.init.weights=RUN) are in
+Result:   400 steps from the weights of a base run (--config.init.weights=RUN) are in
           docs/editing.md: what is given stays, what is new moves more rightly than not at all
 """
 
