@@ -73,11 +73,13 @@ def show(config: RunConfig) -> dict[str, float]:
     if vae and config.task == "diffusion":
         summary["tokens_of_planned_clips"] = math.prod(
             plan_flops.clip_shape(config, vae.compression))
+        summary["padding_percent_of_planned_clips"] = plan_flops.padding_percent(
+            config, vae.compression)
         summary["model_flops_per_step"] = plan_flops.of_clips(
             config, config.network(vae.z_dim), vae.compression)
     print()
     for name, value in summary.items():
-        print(f"{name:30} {value:,.0f}")
+        print(f"{name:32} {value:,.0f}" if value == int(value) else f"{name:32} {value:,.2f}")
     print(sent_lines(found))
     if config.mesh.chip:
         chip = chips.chip(config.mesh.chip)

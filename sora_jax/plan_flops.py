@@ -32,6 +32,12 @@ def clips_per_step(config: RunConfig, compression: Compression) -> float:
     return config.packing.rows * config.packing.row_tokens / (times * in_frame)
 
 
+def padding_percent(config: RunConfig, compression: Compression) -> float:
+    """Of the slots of a row, those that whole clips of that size leave empty."""
+    times, in_frame = clip_shape(config, compression)
+    return 100 * (config.packing.row_tokens % (times * in_frame)) / config.packing.row_tokens
+
+
 def text_of_clip(config: RunConfig, tokens: int) -> int:
     """Text tokens of a clip of so many tokens, where a row's text is shared out by tokens."""
     packing, encoder = config.packing, config.text_encoder

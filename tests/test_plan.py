@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from sora_jax import optim, plan, plan_host, run_config, sharding
+from sora_jax import optim, plan, plan_flops, plan_host, run_config, sharding
 from sora_jax.core import chips, flops
 from sora_jax.core.errors import UserError
+from sora_jax.core.shapes import Compression
 
 
 def test_products_of_all_layers_of_a_scan_and_of_their_gradient_are_counted():
@@ -139,3 +140,13 @@ def test_an_unknown_chip_and_a_wrong_number_of_devices_are_named():
         sharding.MeshConfig(chip="v9")
     with pytest.raises(UserError, match="mesh.num_devices = 3 and 8 devices are here"):
         sharding.make_mesh(sharding.MeshConfig(num_devices=3))
+
+
+@pytest.mark.parametrize("row_tokens, percent", [(256, 100 * 76 / 256), (180, 0.0), (900, 0.0)])
+def test_padding_is_what_whole_clips_leave_of_a_row(row_tokens, percent):
+    config = base.get_config()
+    config.packing.row_tokens = row_tokens
+    compression = Compression(time=4, space=8)
+    config = run_config.resolve(config)
+    assert plan_flops.clip_shape(config, compression) == (5, 36)  # 17 frames of 96x96
+    assert plan_flops.padding_percent(config, compression) == pytest.approx(percent)
