@@ -1,8 +1,8 @@
 """Parts of the train state in the memory of the host, for states that do not fit the devices.
 
 Between steps they lie in pinned host memory, split like the parameters they belong to. A step
-brings them to its devices for the update and back; results are the same bits. Single numbers stay
-on the devices.
+brings them to its devices for the update and back; results are the same, to the last bit where the
+compiler rounds alike. Single numbers stay on the devices.
 
 Weights of blocks come before that in the forward and in the backward pass, layer by layer inside
 the scan (models/transformer.py), and a layer's gradients go to the host as they are made: no

