@@ -12,8 +12,8 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.core.errors import UserError
 from sora_jax.data.text_cache import TextKey, padded
@@ -26,6 +26,7 @@ from sora_jax.weights.tensor_files import open_tensors
 
 PADDINGS = ("none", "zeros", "encoded")
 TOKENS_AT_ONCE = 4096
+SHARDS = "shards"  # the axis of the devices that share an encoder
 SHORTEST = 16  # tokens that texts are padded to for encoding: this times a power of two
 
 
@@ -44,6 +45,7 @@ class FrozenTextEncoder:
     max_tokens: int
     padding: str
     truncate: bool
+    mesh: Mesh | None = None  # over which the tensors are split; None: they lie in their files
 
     @property
     def width(self) -> int:
@@ -62,9 +64,13 @@ class FrozenTextEncoder:
         """To which zeros fill up every embedding."""
         return self.max_tokens if self.padding == "zeros" else 0
 
-    def on_device(self) -> "FrozenTextEncoder":
-        """The same with its tensors in the device's memory, where they stay while it is kept."""
-        return dataclasses.replace(self, tensors=jax.tree.map(jnp.asarray, self.tensors))
+    def on_device(self, devices=None) -> "FrozenTextEncoder":
+        """The same with its tensors in the memory of these devices (None: those of this process),
+        where they stay while it is kept. Each is split over all of them, and so are texts: a layer
+        is whole only while it runs (fully sharded, arXiv 2304.11277, section 3.2)."""
+        mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), (SHARDS,))
+        return dataclasses.replace(self, mesh=mesh, tensors=jax.tree.map(
+            lambda x: jax.device_put(np.asarray(x), split(x.shape, mesh)), self.tensors))
 
     def embed(self, texts: list[str]) -> list[np.ndarray]:
         """float32 (M, width) of every text, with padding as asked for; see `encode`."""
@@ -81,18 +87,26 @@ class FrozenTextEncoder:
         out, keeps_all = [None] * len(texts), self.padding == "encoded"
         for length in sorted(set(lengths)):
             mine = [i for i, own in enumerate(lengths) if own == length]
-            rows = max(1, TOKENS_AT_ONCE // length)
+            rows = self._rows(length)
             for first in range(0, len(mine), rows):
                 part = mine[first : first + rows]
                 ids_BM = np.full((rows, length), self.tokenizer.pad_id, np.int32)
                 mask_BM = np.zeros((rows, length), np.int32)
                 for row, i in enumerate(part):
                     ids_BM[row], mask_BM[row] = (x[:length] for x in tokens[i])
+                if self.mesh is not None:
+                    ids_BM, mask_BM = jax.device_put(
+                        (ids_BM, mask_BM), NamedSharding(self.mesh, PartitionSpec(SHARDS)))
                 embeddings_BMD = np.asarray(
                     _encode(self.config, self.tensors, ids_BM, mask_BM))
                 for row, i in enumerate(part):
                     out[i] = embeddings_BMD[row, : length if keeps_all else used[i]]
         return out
+
+    def _rows(self, length: int) -> int:
+        """Texts of that length encoded at once: as many on each device."""
+        count = 1 if self.mesh is None else self.mesh.size
+        return max(1, TOKENS_AT_ONCE // length // count) * count
 
     def _length(self, count: int) -> int:
         """What a text of so many tokens is padded to for encoding."""
@@ -102,6 +116,15 @@ class FrozenTextEncoder:
         while length < count:
             length *= 2
         return min(length, self.max_tokens)
+
+
+def split(shape, mesh: Mesh) -> NamedSharding:
+    """The longest side of a tensor that the devices divide is split; where none is, each device
+    holds it whole."""
+    sides = [axis for axis, side in enumerate(shape) if side % mesh.size == 0]
+    longest = max(sides, key=lambda axis: shape[axis], default=None)
+    return NamedSharding(mesh, PartitionSpec(
+        *(SHARDS if axis == longest else None for axis in range(len(shape)))))
 
 
 @functools.partial(jax.jit, static_argnums=0)

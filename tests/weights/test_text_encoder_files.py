@@ -62,6 +62,18 @@ def test_a_text_is_encoded_beside_others_as_alone(folder, name):
     assert [len(x) for x in together] == [6, 1, 13]
 
 
+@pytest.mark.parametrize("name", ["umt5", "clip", "siglip"])
+def test_eight_devices_share_an_encoder_and_give_what_one_does(folder, name):
+    encoder = load(folder, name, 24 if name == "siglip" else 16)
+    shared = encoder.on_device()
+    one = encoder.on_device(jax.local_devices()[:1])
+    for x, y in zip(shared.embed(TEXTS), one.embed(TEXTS), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+    held = [sum(x.addressable_shards[0].data.nbytes for x in each.tensors.values())
+            for each in (shared, one)]
+    assert held[0] < 0.2 * held[1]  # an eighth, but for small tensors
+
+
 def test_padding_is_nothing_or_zeros_or_what_the_encoder_makes_of_it(folder):
     none, zeros, encoded = (
         load(folder, "umt5", padding=padding).embed(TEXTS[:1])[0]
