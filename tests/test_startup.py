@@ -17,6 +17,15 @@ def flags_after_tuning(monkeypatch, given):
     return startup.os.environ["XLA_FLAGS"].split()
 
 
+def installed(monkeypatch, **versions):
+    def version(name):
+        if name not in versions:
+            raise startup.importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(startup.importlib.metadata, "version", version)
+
+
 def test_flags_of_the_compiler_join_those_of_the_user(monkeypatch):
     own = startup.compiler_flags().split()
     assert flags_after_tuning(monkeypatch, "--a=1") == ["--a=1", *own]
@@ -30,8 +39,14 @@ def test_what_the_user_says_stays(monkeypatch):
 @pytest.mark.parametrize("version, known", [
     ("0.10.2", True), ("0.11.2", False), ("0.12.0.1", False), ("0.100.0", False)])
 def test_only_a_jaxlib_that_knows_a_flag_gets_it(monkeypatch, version, known):
-    monkeypatch.setattr(startup.importlib.metadata, "version", lambda name: version)
+    installed(monkeypatch, jaxlib=version)
     assert bool(startup.compiler_flags()) == known
+
+
+@pytest.mark.parametrize("package", ["libtpu", "jax-cuda13-plugin"])
+def test_an_accelerator_is_left_alone(monkeypatch, package):
+    installed(monkeypatch, **{"jaxlib": "0.10.2", package: "1"})
+    assert startup.compiler_flags() == ""
 
 
 def test_the_installed_jaxlib_knows_the_flags():

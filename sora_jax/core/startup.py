@@ -15,11 +15,22 @@ ALLOCATOR = ":".join((
 # XLA's older code for loops on CPUs: a train step of configs/base.py takes 0.78 of the time
 # (docs/performance.md). jaxlib 0.11 and 0.12 do not have it, and end at flags they do not know.
 OLDER_LOOPS = "--xla_cpu_use_fusion_emitters=false"
+# Packages that bring an accelerator, and a reader of XLA's flags of their own.
+ACCELERATORS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 
 
 def compiler_flags() -> str:
-    """XLA flags for faster programs on CPUs that the installed jaxlib knows; "" for none."""
-    return OLDER_LOOPS if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
+    """XLA flags for faster programs on CPUs that the installed jaxlib knows; "" for none, and where
+    an accelerator's package is installed."""
+    knows = importlib.metadata.version("jaxlib").startswith("0.10.")
+    return OLDER_LOOPS if knows and not any(map(is_installed, ACCELERATORS)) else ""
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def tune() -> None:
