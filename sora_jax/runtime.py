@@ -23,6 +23,7 @@ _JOIN = flags.DEFINE_float("join_timeout_seconds", 300, "Until all processes hav
 _DEAD = flags.DEFINE_float(
     "dead_peer_seconds", 60, "After which a silent process is dead and all others end.")
 
+
 def start(main) -> None:
     """Runs an absl main and shows a UserError as one line (exit 2)."""
 

@@ -51,17 +51,20 @@ def kinds(state):
 @pytest.mark.parametrize("how", [
     {}, {"mesh": MeshConfig(data=2, fsdp=2, tensor=2), "devices": jax.devices()},
     {"adapted": LoRAConfig(rank=2, alpha=6.0, targets=("mlp_in/kernel", "head"))},
-    {"optimizer": "schedule_free", "ema_decay": 0.0}, {"optimizer": "muon"},
-    {"state_dtype": "bfloat16"}, {"accumulate_steps": 2},
+    {"optimizer": "schedule_free", "ema_decay": 0.0, "compare": near},
+    {"optimizer": "muon", "compare": near}, {"state_dtype": "bfloat16", "compare": near},
+    {"accumulate_steps": 2},
     {"groups": (ParameterGroup("mlp_out", freeze=True),)},
 ])
 def test_steps_are_the_same_and_only_what_is_asked_for_lies_on_the_host(how):
+    compare = how.get("compare", equal)
+    how = {name: value for name, value in how.items() if name != "compare"}
     plain, (state, losses) = Run(**how), Run(**how).after(4)
     for parts in (("optimizer",), ("parameters",), ALL):
         run = Run(**how, offload=parts)
         again, again_losses = run.after(4)
-        np.testing.assert_allclose(again_losses, losses, rtol=1e-6)
-        near(again, state)
+        compare(again_losses, losses)
+        compare(again, state)
         on_host = {field for part in parts for field in offload.FIELDS[part]}
         on_host &= set(kinds(state))  # not every run has frozen parameters
         for held in (run.create(), again):
@@ -69,7 +72,7 @@ def test_steps_are_the_same_and_only_what_is_asked_for_lies_on_the_host(how):
                 on_host)
             assert all(len(found) == 1 for found in kinds(held).values())
     assert "pinned_host" not in set().union(*kinds(plain.create()).values())
-    near(train_state.averaged_weights(again), train_state.averaged_weights(state))
+    compare(train_state.averaged_weights(again), train_state.averaged_weights(state))
     assert all(x.sharding.memory_kind == "device"
                for x in jax.tree.leaves(train_state.averaged_weights(again)))
 
