@@ -3,6 +3,7 @@ as the line says, and answers with a line of JSON. So contestants live side by s
 allocator and libraries of its own, and take turns."""
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -73,13 +74,19 @@ class Contestant:
         return None
 
     def run(self, steps: int) -> None:
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        result = self.read()
+        """One round. Exits with a line where the process has ended."""
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+            result = self.read()
+        except BrokenPipeError:
+            result = None
         if result is None:
-            raise RuntimeError(f"{self.name} ended in the middle of a round")
+            raise SystemExit(f"{self.name} ended in the middle with {self.process.wait()} (-9 is "
+                             f"most often too little memory: try fewer --rows or --contestants)")
         self.rounds.append(result)
 
     def end(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()

@@ -81,6 +81,16 @@ def moving_picture():
     return np.rint(127.5 + 100 * np.stack(colours, -1)).astype(np.uint8)
 
 
+def test_a_contestant_that_is_killed_ends_the_comparison_with_one_line(import_benchmark):
+    worker = import_benchmark("worker")
+    program = "import os; print('{}', flush=True); input(); os.kill(os.getpid(), 9)"
+    contestant = worker.Contestant("torch", [sys.executable, "-c", program], {})
+    for _ in range(2):  # in the middle of a round, and before the next one
+        with pytest.raises(SystemExit, match="torch ended in the middle with -9 .*--rows"):
+            contestant.run(1)
+    contestant.end()
+
+
 def test_quantised_latents_are_within_half_a_step_and_bytes_are_the_bits(import_benchmark):
     codecs = import_benchmark("codecs_of_frames")
     latents_THWC = np.random.default_rng(0).normal(0, [1, 5, 0.1], (3, 4, 5, 3)).astype(np.float32)

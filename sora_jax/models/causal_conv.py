@@ -1,11 +1,12 @@
 """Causal 3-D convolution: frame t of the output sees frames <= t of the input only.
 
-The sum over temporal taps is written out as 2-D convolutions over space: on two Xeon cores with
-jax 0.10 that ran the forward pass 1.5x as fast as folding the taps into channels, trained as fast
-as any variant with a hand-written weight gradient, and is several times faster than XLA's 3-D
-convolution. A tap that would only see padding is not computed: a single frame costs one tap.
+The sum over temporal taps is written out as 2-D convolutions over space, which on CPUs is several
+times faster than XLA's 3-D convolution. A tap that would only see padding is not computed: a single
+frame costs one tap. On CPUs the kernel's gradient is one product per frame for all taps, two to
+four times as fast as XLA's convolution for it (docs/performance.md).
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -27,10 +28,17 @@ def causal_conv(x_BTHWC, kernel, *, time_stride: int = 1, space_stride: int = 1,
     may time_stride differ from 1). Space is padded with `space_pad` ((top, bottom), (left, right)),
     default (k - 1) / 2 on every side.
     """
-    kt = kernel.shape[0]
     assert time_stride == 1 or not pad_time
     kernel = kernel.astype(x_BTHWC.dtype)
-    frames = x_BTHWC.shape[1]
+    odd = all(k % 2 for k in kernel.shape[1:3]) and kernel.shape[1:3] != (1, 1)
+    # A split height must not be merged with other axes, which products of frames do.
+    if odd and time_stride == space_stride == 1 and space_pad is None and size(SEQUENCE) == 1:
+        return _same_conv(x_BTHWC, kernel, pad_time)
+    return _sum_of_taps(x_BTHWC, kernel, time_stride, space_stride, space_pad, pad_time)
+
+
+def _sum_of_taps(x_BTHWC, kernel, time_stride: int, space_stride: int, space_pad, pad_time: bool):
+    kt, frames = kernel.shape[0], x_BTHWC.shape[1]
     total = None
     for tap in reversed(range(kt)):
         if pad_time:
@@ -46,6 +54,61 @@ def causal_conv(x_BTHWC, kernel, *, time_stride: int = 1, space_stride: int = 1,
                 x_BTHWC[:, tap:last:time_stride], kernel[tap], space_stride, space_pad)
         total = y_BTHWC if total is None else total + y_BTHWC
     return total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _same_conv(x_BTHWC, kernel, pad_time):
+    """`_sum_of_taps` of strides 1 with odd kernels, whose gradient is fast on CPUs."""
+    return _sum_of_taps(x_BTHWC, kernel, 1, 1, None, pad_time)
+
+
+def _same_conv_forward(x_BTHWC, kernel, pad_time):
+    return _same_conv(x_BTHWC, kernel, pad_time), (x_BTHWC, kernel)
+
+
+def _same_conv_backward(pad_time, kept, grad_BTHWC):
+    x_BTHWC, kernel = kept
+    _, of_x = jax.vjp(lambda x: _sum_of_taps(x, kernel, 1, 1, None, pad_time), x_BTHWC)
+
+    def by_convolutions(x_BTHWC, kernel, grad_BTHWC):
+        _, of_kernel = jax.vjp(
+            lambda kernel: _sum_of_taps(x_BTHWC, kernel, 1, 1, None, pad_time), kernel)
+        return of_kernel(grad_BTHWC)[0]
+
+    return *of_x(grad_BTHWC), jax.lax.platform_dependent(
+        x_BTHWC, kernel, grad_BTHWC, default=by_convolutions,
+        cpu=functools.partial(_kernel_gradient_by_frames, pad_time))
+
+
+_same_conv.defvjp(_same_conv_forward, _same_conv_backward)
+
+
+def _kernel_gradient_by_frames(pad_time: bool, x_BTHWC, kernel, grad_BTHWC):
+    """Of every frame its gathered neighbourhoods, times the gradients of the kt frames that see it,
+    in one product; the frames in a loop, so that what is gathered stays in the cache."""
+    kt, kh, kw, c_in, c_out = kernel.shape
+    B, T, H, W, _ = x_BTHWC.shape
+    before = 0 if pad_time else kt - 1
+    grad_BTHWC = jnp.pad(grad_BTHWC, ((0, 0), (before, kt - 1)) + ((0, 0),) * 3)
+    x_BTHWC = jnp.pad(x_BTHWC, ((0, 0), (0, 0)) + tuple(((k - 1) // 2,) * 2 for k in (kh, kw))
+                      + ((0, 0),))
+
+    def frame(total, t):
+        x_BHWC = jax.lax.dynamic_index_in_dim(x_BTHWC, t, 1, keepdims=False)
+        around = jnp.concatenate(
+            [x_BHWC[:, h:h + H, w:w + W] for h in range(kh) for w in range(kw)], axis=-1)
+        seen = jnp.concatenate(
+            [jax.lax.dynamic_index_in_dim(grad_BTHWC, t + kt - 1 - tap, 1, keepdims=False)
+             for tap in range(kt)], axis=-1)
+        return total + jax.lax.dot_general(
+            seen.reshape(-1, kt * c_out), around.reshape(-1, kh * kw * c_in),
+            (((0,), (0,)), ((), ())), preferred_element_type=total.dtype), None
+
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    zeros = jnp.zeros((kt * c_out, kh * kw * c_in), dtype)
+    total, _ = jax.lax.scan(frame, zeros, jnp.arange(T))
+    total = total.reshape(kt, c_out, kh, kw, c_in).transpose(0, 2, 3, 4, 1)
+    return total.astype(kernel.dtype)
 
 
 def _space_conv(x_BTHWC, kernel, stride, pad):
