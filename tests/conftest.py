@@ -6,8 +6,10 @@ compiled is kept in one directory for all processes of the session: the commands
 tests/commands.py starts share most of their programs. What is read there is what was written, so
 results are the same bits; tests/test_resume.py (optimized, as users have it) compares a run that
 compiles for itself. Set JAX_COMPILATION_CACHE_DIR to keep the directory for other sessions.
+Tracing makes many objects that live on: Python looks for garbage among them rarely.
 """
 
+import gc
 import os
 import tempfile
 
@@ -34,3 +36,9 @@ def pytest_collection_modifyitems(items):
     """The longest first; pyproject.toml keeps pytest-xdist from ordering files by their tests."""
     rank = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
