@@ -24,6 +24,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers of pytest-xdist inh
     compiled = tempfile.TemporaryDirectory(prefix="sora_jax_compiled_", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 
+gc.set_threshold(100_000, 20, 50)
+
 # Files of many seconds in few tests: begun last, they keep one worker busy when the other is done.
 LONGEST = (
     "tests/test_entries.py", "tests/test_entries_untrained.py", "tests/test_two_processes.py",
@@ -39,6 +41,4 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
