@@ -6,8 +6,10 @@ compiled is kept in one directory for all processes of the session: the commands
 tests/commands.py starts share most of their programs. What is read there is what was written, so
 results are the same bits; tests/test_resume.py (optimized, as users have it) compares a run that
 compiles for itself. Set JAX_COMPILATION_CACHE_DIR to keep the directory for other sessions.
+Tracing makes many objects that live on: Python looks for garbage among them rarely.
 """
 
+import gc
 import os
 import tempfile
 
@@ -22,6 +24,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers of pytest-xdist inh
     compiled = tempfile.TemporaryDirectory(prefix="sora_jax_compiled_", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 
+gc.set_threshold(100_000, 20, 50)
+
 # Files of many seconds in few tests: begun last, they keep one worker busy when the other is done.
 LONGEST = (
     "tests/test_entries.py", "tests/test_entries_untrained.py", "tests/test_two_processes.py",
@@ -34,3 +38,7 @@ def pytest_collection_modifyitems(items):
     """The longest first; pyproject.toml keeps pytest-xdist from ordering files by their tests."""
     rank = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+def pytest_collection_finish():
+    gc.freeze()

@@ -1,6 +1,7 @@
 """The commands a user types, as real processes, on a run of configs/base.py:runlocal.
 
 All compile without optimization but one test of sampling; tests/test_resume.py trains with it.
+Those of the README begin as a user's do, the others with their imports made already.
 """
 
 import functools
@@ -11,10 +12,10 @@ import shlex
 import av
 import numpy as np
 import pytest
-from commands import NOT_OPTIMIZED, ROOT, call
+from commands import NOT_OPTIMIZED, ROOT, call, call_warm
 from PIL import Image
 
-quick = functools.partial(call, flags=NOT_OPTIMIZED)
+quick = functools.partial(call_warm, flags=NOT_OPTIMIZED)
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +98,9 @@ def test_eval_mode_evaluates_the_checkpoints_that_have_no_figures(run):
 
 
 def test_sampling_makes_the_asked_size_and_length_and_depends_on_seed_and_prompt(run, tmp_path):
-    def sample(name, *arguments):
-        call("sora_jax.sample", f"--workdir={run}", f"--out={tmp_path / name}", "--steps=2",
-             *arguments)
+    def sample(name, *arguments, flags=""):
+        call_warm("sora_jax.sample", f"--workdir={run}", f"--out={tmp_path / name}", "--steps=2",
+                  *arguments, flags=flags)
         return tmp_path / name
 
     red = "--prompt=a red circle moves left"
@@ -109,7 +110,8 @@ def test_sampling_makes_the_asked_size_and_length_and_depends_on_seed_and_prompt
     assert a.read_bytes() == again.read_bytes()
     other = sample("c.mp4", red, "--size=32x64", "--frames=9", "--seed=1")
     assert a.read_bytes() != other.read_bytes()
-    still = sample("d.png", "--prompt=a blue square", "--size=48x32", "--frames=1")
+    still = sample("d.png", "--prompt=a blue square", "--size=48x32", "--frames=1",
+                   flags=NOT_OPTIMIZED)
     assert np.asarray(Image.open(still)).shape == (48, 32, 3)
 
 
@@ -163,7 +165,7 @@ def test_every_command_of_the_readme_runs(run, folder, tmp_path):
             name = re.search(r"configs/(\w+)\.py", command)[1]
             words += [f"--workdir={tmp_path / name}", "--config.num_steps=8",
                       "--config.optim.warmup_steps=2"]
-        quick(*words[2:])
+        call(*words[2:], flags=NOT_OPTIMIZED)
     assert frames(tmp_path / "x.mp4").shape == (17, 64, 96, 3)
     report = next((tmp_path / "folder" / "data").rglob("report.txt")).read_text()
     assert "broken.mp4" in report
@@ -172,14 +174,14 @@ def test_every_command_of_the_readme_runs(run, folder, tmp_path):
 
 
 def test_a_workdir_of_another_config_is_refused_by_field(run):
-    process = call("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}",
-                   "--config.model.width=32", check=False)
+    process = call_warm("sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={run}",
+                        "--config.model.width=32", check=False)
     assert process.returncode == 2
     assert "model.width is 64 there and 32 here" in process.stderr
 
 
 def test_a_stale_latent_cache_is_refused_by_name(run, tmp_path):
-    process = call(
+    process = call_warm(
         "sora_jax.train", "--config=configs/base.py:runlocal", f"--workdir={tmp_path}",
         f"--config.latents.directory={run}/latents", "--config.data.seed=5", check=False,
     )
@@ -197,7 +199,7 @@ def test_a_stale_latent_cache_is_refused_by_name(run, tmp_path):
     (["--out=x.gif"], ".mp4"),
 ])
 def test_sampling_says_what_it_can_do(run, arguments, expected):
-    process = call("sora_jax.sample", f"--workdir={run}", "--prompt=a red circle", *arguments,
-                   check=False)
+    process = call_warm("sora_jax.sample", f"--workdir={run}", "--prompt=a red circle", *arguments,
+                        check=False)
     assert process.returncode == 2 and expected in process.stderr
     assert "Traceback" not in process.stderr

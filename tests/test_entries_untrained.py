@@ -1,7 +1,7 @@
 """What the train command says without training: plans of every config, and mistakes."""
 
 import pytest
-from commands import NOT_OPTIMIZED, ROOT, call
+from commands import NOT_OPTIMIZED, ROOT, call_warm
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -14,8 +14,9 @@ def test_every_config_compiles_in_plan_mode(name):
     mesh = ["mesh.num_devices=8", "mesh.sequence=2", "mesh.tensor=2", "optim.optimizer=adamw",
             "optim.accumulate_steps=2", "model.unroll=1", "model.remat=offload",
             "optim.offload=('optimizer', 'parameters')"] if name == "base_edit" else []
-    process = call("sora_jax.train", f"--config=configs/{name}.py:runlocal", "--mode=plan",
-                   *folder, *vae, *(f"--config.{field}" for field in mesh), flags=NOT_OPTIMIZED)
+    process = call_warm(
+        "sora_jax.train", f"--config=configs/{name}.py:runlocal", "--mode=plan", *folder, *vae,
+        *(f"--config.{field}" for field in mesh), flags=NOT_OPTIMIZED)
     assert not mesh or "data+fsdp, sequence" in process.stdout
     for told in ("host_bytes_per_device", "host_moved_bytes_per_device"):
         assert (told in process.stdout) == bool(mesh)
@@ -43,8 +44,8 @@ MISTAKES = {
 def test_a_users_mistake_is_one_line_and_writes_nothing(name, tmp_path):
     arguments, expected = MISTAKES[name]
     config = "configs/base.py:runlocal" if arguments is not None else "configs/base.py:tiny"
-    process = call("sora_jax.train", f"--config={config}", f"--workdir={tmp_path / 'w'}",
-                   *(arguments or []), check=False)
+    process = call_warm("sora_jax.train", f"--config={config}", f"--workdir={tmp_path / 'w'}",
+                        *(arguments or []), check=False)
     assert process.returncode not in (0, None)
     assert "Traceback" not in process.stderr, process.stderr
     (line,) = [line for line in process.stderr.splitlines() if expected in line]

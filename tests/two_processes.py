@@ -8,6 +8,7 @@ two_processes DIRECTORY whole    two or four make the run of tiny_run.py, in DIR
 
 import dataclasses
 import errno
+import gc
 import os
 import pathlib
 import time
@@ -83,6 +84,8 @@ def by_two(directory):
 
 
 def main(argv):
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)  # as conftest.py
     directory = pathlib.Path(argv[1])
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {NOT_OPTIMIZED}"
     runtime.join_processes()

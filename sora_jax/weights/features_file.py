@@ -45,4 +45,4 @@ def load_features(path) -> tuple[DistortionNetConfig, dict]:
         jax.ShapeDtypeStruct((1, 1, 16, 16, 3), jnp.float32))
     wanted = {name: getattr(x, "value", x).shape for name, x in flatten(abstract["params"]).items()}
     check_names({name: x.shape for name, x in flat.items()}, wanted, str(path))
-    return config, jax.tree.map(jnp.asarray, unflatten(flat))
+    return config, jax.device_put(unflatten(flat))

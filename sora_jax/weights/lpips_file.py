@@ -4,7 +4,7 @@ The package publishes its network as a torch file; saved as safetensors (`save_f
 lpips.LPIPS(net="vgg").state_dict(), "lpips_vgg.safetensors")`) it is read here.
 """
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from sora_jax.core.errors import UserError
@@ -51,4 +51,5 @@ def load_lpips(path, wanted=None) -> dict:
         raise UserError(f"{path} holds none of the tensors of LPIPS (net.slice1.0.weight, "
                         "lin0.model.1.weight ...)")
     flat = import_tensors(table, tensors, wanted, str(path))
-    return unflatten({name: jnp.asarray(np.asarray(x, np.float32)) for name, x in flat.items()})
+    return jax.device_put(unflatten(
+        {name: np.asarray(x, np.float32) for name, x in flat.items()}))

@@ -162,7 +162,7 @@ def load_vae(name: str | os.PathLike) -> FrozenVAE:
             raise UserError(f"the card of {path} should give a latent {name} for each of the "
                             f"{config.z_dim} channels (stds above 0); it gives {values}")
     flat = {key: np.asarray(leaf, np.float32) for key, leaf in flat.items()}
-    params = jax.tree.map(jnp.asarray, unflatten(flat))
+    params = jax.device_put(unflatten(flat))  # jnp.asarray compiles a program for each shape
     digest = hashlib.sha256(json.dumps([sha256, mean, std, channels]).encode()).hexdigest()
     if source := card.get("latents_of"):
         if source["sha256"] != encoding_sha256(flat, mean, std, channels):

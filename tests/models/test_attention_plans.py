@@ -78,7 +78,7 @@ class Planned(Exception):
 def test_every_clip_is_one_run_for_kernels_that_ask_for_it(name, monkeypatch):
     config = dataclasses.replace(PLAIN, **OPTIONS[name], attention_kernel="cpu_blocks")
     batch, time_BS = packed(config)
-    params = jax.tree.map(jnp.asarray, random_params(config))
+    params = jax.device_put(random_params(config))
     promised, plan = [], attention_plans.attention_plan
 
     def attention_plan(q_segment_BN, k_segment_BM, *options, split):

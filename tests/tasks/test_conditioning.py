@@ -50,7 +50,7 @@ class Tiny:
             1, self.config.packing, self.config.model.patch, self.vae.config.z_dim,
             conditioned=True)
         pack_row(self.batch, 0, clips, self.config.packing, self.config.model.patch)
-        self.batch = jax.tree.map(jnp.asarray, self.batch)
+        self.batch = jax.device_put(self.batch)
         self.compiled = jax.jit(functools.partial(
             diffusion.loss, self.config, self.model, self.std, self.params))
 

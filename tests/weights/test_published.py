@@ -1,16 +1,16 @@
 """The import and export commands, and what they say of files that are not whole."""
 
+import functools
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
+from commands import call_warm
 
 from sora_jax.core.errors import UserError
 from sora_jax.weights import published
 from sora_jax.weights.tensor_files import open_tensors
-from tests.outside_data import ROOT, outside
+from tests.outside_data import outside
 
 GOLDEN = outside("golden")
 pytestmark = pytest.mark.skipif(GOLDEN is None, reason="no golden files (SORA_JAX_GOLDEN)")
@@ -27,9 +27,7 @@ def folder(tmp_path):
     return folder
 
 
-def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "sora_jax.weights", *map(str, arguments)],
-                          cwd=ROOT, capture_output=True, text=True)
+command = functools.partial(call_warm, "sora_jax.weights", check=False)
 
 
 def test_one_command_imports_a_folder_and_one_writes_it_back(folder, tmp_path):
