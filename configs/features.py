@@ -1,8 +1,9 @@
 """A small feature network for distances and Frechet figures, trained without labels.
 
 Command:  python -m sora_jax.train --config=configs/features.py
-Time:     not measured yet
-Result:   runs/features/features.safetensors, for distortion:FILE in configs/vae.py
+Time:     5 minutes for the first 1,000 of its 10,000 steps on two busy CPU cores
+Result:   runs/features/features.safetensors, for distortion:FILE in configs/vae.py; after these
+          1,000 steps it names the distortion of 16 % of held-out clips (1 of 16: 6 %; seed 0)
 """
 
 import pathlib

@@ -8,7 +8,8 @@ hours of training at 256 throughout and the same PSNR.
 
 Commands: python -m sora_jax.train --config=configs/vae_two_stage.py:stage1
           python -m sora_jax.train --config=configs/vae_two_stage.py:stage2
-Result:   the mechanics are tested on tiny sizes; the recipe was not yet run to its end
+Result:   after 1,200 and 600 steps the second stage is 0.9 dB better on held-out clips of 64 to
+          96 pixels, and 0.8 dB worse at 32 (docs/results.md); not yet run to its end
 """
 
 import pathlib
