@@ -53,16 +53,13 @@ def resolved(config):
     return run_config.resolve(config)
 
 
-def stepped(config, mesh, begun=None, num_steps=2):
-    """(scalars of each step, parameters at the end, text of the step, its temporary bytes, the
-    state it began with). begun: such a state of another mesh; else a fresh one."""
+def stepped(config, mesh, num_steps=2):
+    """(scalars of each step, parameters at the end, text of the step, its temporary bytes)."""
     mesh = sharding.make_mesh(mesh, jax.devices()[:mesh.data * mesh.sequence])
     task, example = vae.outline(config)
     tx = task.optimizer or optim.make_optimizer(config.optim, config.num_steps)
     create, _, shardings = state_functions(config, task, tx, mesh)
-    step, told = make_step(config, task, tx, mesh, shardings), []
-    begun = jax.device_get(create()) if begun is None else begun
-    state = jax.device_put(begun, shardings)
+    step, state, told = make_step(config, task, tx, mesh, shardings), create(), []
     rng, compiled = np.random.default_rng(0), None
     for _ in range(num_steps):
         batch = {**example, "pixels_BTHWC": rng.uniform(
@@ -72,16 +69,14 @@ def stepped(config, mesh, begun=None, num_steps=2):
         state, scalars = compiled(state, placed)
         told.append(jax.device_get(scalars))
     return (told, jax.device_get(state.params), compiled.as_text(),
-            compiled.memory_analysis().temp_size_in_bytes, begun)
+            compiled.memory_analysis().temp_size_in_bytes)
 
 
 @pytest.mark.parametrize("kind", [blocks, pyramid, adversarial])
 def test_a_split_step_is_that_of_one_device(kind):
     config = resolved(kind())
-    alone, params, _, whole_bytes, begun = stepped(config, MeshConfig(data=1))
-    if kind is blocks:  # which begins by itself on either mesh
-        begun = None
-    split, again, text, part_bytes, _ = stepped(config, MeshConfig(data=2, sequence=4), begun)
+    alone, params, _, whole_bytes = stepped(config, MeshConfig(data=1))
+    split, again, text, part_bytes = stepped(config, MeshConfig(data=2, sequence=4))
     for one, other in zip(alone, split, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
