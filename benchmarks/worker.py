@@ -83,7 +83,7 @@ class Contestant:
             result = None
         if result is None:
             raise SystemExit(f"{self.name} ended in the middle with {self.process.wait()} (-9 is "
-                             f"most often too little memory: try fewer --rows or --contestants)")
+                             "most often too little memory: try fewer --rows or --contestants)")
         self.rounds.append(result)
 
     def end(self) -> None:

@@ -73,14 +73,6 @@ def test_without_torch_one_line_says_what_to_install():
     assert "PyTorch is missing; pip install torch" in done.stdout
 
 
-@pytest.fixture
-def moving_picture():
-    """9 frames of 32x48: smooth colours that move, and a fine pattern."""
-    t, y, x = np.meshgrid(np.arange(9), np.arange(32), np.arange(48), indexing="ij")
-    colours = [np.sin((x + 2 * t) / 7), np.cos((y - t) / 5), np.sin((x + y) / 1.5)]
-    return np.rint(127.5 + 100 * np.stack(colours, -1)).astype(np.uint8)
-
-
 def test_a_contestant_that_is_killed_ends_the_comparison_with_one_line(import_benchmark):
     worker = import_benchmark("worker")
     program = "import os; print('{}', flush=True); input(); os.kill(os.getpid(), 9)"
@@ -89,6 +81,14 @@ def test_a_contestant_that_is_killed_ends_the_comparison_with_one_line(import_be
         with pytest.raises(SystemExit, match="torch ended in the middle with -9 .*--rows"):
             contestant.run(1)
     contestant.end()
+
+
+@pytest.fixture
+def moving_picture():
+    """9 frames of 32x48: smooth colours that move, and a fine pattern."""
+    t, y, x = np.meshgrid(np.arange(9), np.arange(32), np.arange(48), indexing="ij")
+    colours = [np.sin((x + 2 * t) / 7), np.cos((y - t) / 5), np.sin((x + y) / 1.5)]
+    return np.rint(127.5 + 100 * np.stack(colours, -1)).astype(np.uint8)
 
 
 def test_quantised_latents_are_within_half_a_step_and_bytes_are_the_bits(import_benchmark):

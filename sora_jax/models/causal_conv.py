@@ -3,7 +3,7 @@
 The sum over temporal taps is written out as 2-D convolutions over space, which on CPUs is several
 times faster than XLA's 3-D convolution. A tap that would only see padding is not computed: a single
 frame costs one tap. On CPUs the kernel's gradient is one product per frame for all taps, two to
-four times as fast as XLA's convolution for it (docs/performance.md).
+four times as fast as XLA's convolution for it (docs/results.md).
 """
 
 import functools
@@ -30,9 +30,9 @@ def causal_conv(x_BTHWC, kernel, *, time_stride: int = 1, space_stride: int = 1,
     """
     assert time_stride == 1 or not pad_time
     kernel = kernel.astype(x_BTHWC.dtype)
-    odd = all(k % 2 for k in kernel.shape[1:3]) and kernel.shape[1:3] != (1, 1)
+    odd_window = all(k % 2 for k in kernel.shape[1:3]) and kernel.shape[1:3] != (1, 1)
     # A split height must not be merged with other axes, which products of frames do.
-    if odd and time_stride == space_stride == 1 and space_pad is None and size(SEQUENCE) == 1:
+    if odd_window and time_stride == space_stride == 1 and space_pad is None and size(SEQUENCE) == 1:
         return _same_conv(x_BTHWC, kernel, pad_time)
     return _sum_of_taps(x_BTHWC, kernel, time_stride, space_stride, space_pad, pad_time)
 
