@@ -30,9 +30,9 @@ def causal_conv(x_BTHWC, kernel, *, time_stride: int = 1, space_stride: int = 1,
     """
     assert time_stride == 1 or not pad_time
     kernel = kernel.astype(x_BTHWC.dtype)
-    odd_window = all(k % 2 for k in kernel.shape[1:3]) and kernel.shape[1:3] != (1, 1)
+    odd = all(k % 2 for k in kernel.shape[1:3]) and kernel.shape[1:3] != (1, 1)
     # A split height must not be merged with other axes, which products of frames do.
-    if odd_window and time_stride == space_stride == 1 and space_pad is None and size(SEQUENCE) == 1:
+    if odd and time_stride == space_stride == 1 and space_pad is None and size(SEQUENCE) == 1:
         return _same_conv(x_BTHWC, kernel, pad_time)
     return _sum_of_taps(x_BTHWC, kernel, time_stride, space_stride, space_pad, pad_time)
 
