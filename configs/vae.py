@@ -31,6 +31,7 @@ def get_config(arg: str = ""):
     # Latents that say loudly, through noise, what a diffusion model has to decide.
     config.vae_loss.latent_noise = 0.8
     config.vae_loss.words_weight = 1e-3
+    config.vae_kernel_bits = 6  # the package carries the file
     config.pixels.crop = False  # captions tell of whole clips
     config.pixels.sizes = (
         {"frames": 1, "height": 32, "width": 32, "weight": 0.03, "batch": 64},

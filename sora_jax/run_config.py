@@ -33,6 +33,7 @@ from sora_jax.run_sections import (
 )
 from sora_jax.sharding import MeshConfig
 from sora_jax.timing import ProfileConfig
+from sora_jax.weights import quantized
 from sora_jax.weights.text_encoder_files import PADDINGS
 
 TASKS = ("diffusion", "distill", "vae", "features")
@@ -182,6 +183,7 @@ class RunConfig:
     init: InitConfig = InitConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     vae_train: str = "all"  # or "decoder": what makes latents is frozen
+    vae_kernel_bits: int = 8  # of the file that a VAE in training is written to
     distill: DistillConfig = DistillConfig()
     lora: LoRAConfig = LoRAConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -229,6 +231,9 @@ def resolve(mapping) -> RunConfig:
     if config.vae_train not in VAE_PARTS:
         raise UserError(f"vae_train = {config.vae_train!r} is unknown; allowed: "
                         f"{', '.join(VAE_PARTS)}")
+    if config.vae_kernel_bits not in quantized.BITS:
+        raise UserError(f"vae_kernel_bits = {config.vae_kernel_bits} should be one of "
+                        f"{', '.join(map(str, quantized.BITS))}")
     if config.vae_train != "all" and not (config.task == "vae" and config.init.weights):
         raise UserError(f"vae_train = {config.vae_train!r} freezes the encoder of given weights; "
                         "set task to 'vae' and init.weights to a VAE")

@@ -278,6 +278,6 @@ def _native(source):
 
 
 def _values(path):
-    """Parameters of a native file; int8 kernels are multiplied out."""
+    """Parameters of a native file; kernels of small integers are multiplied out."""
     tensors = open_tensors(path).tensors
     return dequantize(tensors) if any(name.endswith(SCALE) for name in tensors) else tensors

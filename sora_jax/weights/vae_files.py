@@ -101,19 +101,22 @@ def to_uint8(pixels):
 
 
 def save_vae(path, config: VideoVAEConfig, params, latent_mean_C, latent_std_C,
-             provenance: dict, dtype=np.float32, channel_std_C=None) -> str:
+             provenance: dict, dtype=np.float32, kernel_bits: int = 0, channel_std_C=None) -> str:
     """Writes path (NAME.safetensors) and its card NAME.json; returns the sha256 of the weights.
 
-    dtype: float32, float16, or int8 (see `quantize`). `provenance` is free text by name for the
-    card (command, seed, data, psnr, licence ...). Both files appear whole or not at all, the card
-    last.
+    dtype: float32 or float16. kernel_bits: 6 or 8 for kernels of small integers in its place (see
+    `quantize`). `provenance` is free text by name for the card (command, seed, data, psnr, licence
+    ...). Both files appear whole or not at all, the card last.
     """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} should end in .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
-    flat = quantize(flat) if dtype == np.int8 else {k: x.astype(dtype) for k, x in flat.items()}
+    if kernel_bits:
+        flat = quantize(flat, kernel_bits)
+    else:
+        flat = {name: leaf.astype(dtype) for name, leaf in flat.items()}
     sha256 = write_tensors(path, flat, {"format": FORMAT})
     card = {
         "format": FORMAT,
