@@ -228,6 +228,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "free_nats": 0.0,  # KL of a latent channel that costs nothing
         "latent_noise": 0.0,  # up to this share of a clip's latents is noise when decoded
         "words_weight": 0.0,  # of reading the captions' words from the latents (docs/vae.md)
+        "objects_weight": 0.0,  # of telling where moving_shapes' objects are (docs/vae.md)
         "temporal_weight": 0.0,  # of the error of changes from frame to frame
         "perceptual": "",  # lpips:FILE | distortion:FILE
         "perceptual_weight": 0.0,

@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
     config.features.channels = (16, 32, 48)
     config.sampling.num_clips = 0
     config.pixels.crop = True
-    config.vae_loss.words_weight = 0.0
+    config.vae_loss.objects_weight = 0.0  # places are those of whole clips
     config.optim.update({"optimizer": "adamw", "learning_rate": 1e-3})
     config.pixels.sizes = (
         {"frames": 1, "height": 48, "width": 48, "weight": 0.3, "batch": 32},

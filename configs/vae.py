@@ -17,10 +17,11 @@ def get_config(arg: str = ""):
     """configs/base.py with the VAE as the task. arg "runlocal" shrinks everything to a trial."""
     config = BASE["get_config"](arg)
     config.task = "vae"
-    config.num_steps = 10_000
+    config.num_steps = 8000
     config.data.num_train_clips = 16_000
 
     of_blocks(config.vae)
+    config.vae.block_shortcut = False  # pixels in another basis, which these latents should not be
     config.vae.encoder_dims = config.vae.decoder_dims = (192,)
     config.vae.num_res_blocks = 0
     # Words and outlines are matters of whole shapes, which cover several latents.
@@ -28,19 +29,21 @@ def get_config(arg: str = ""):
     config.vae.out_width = 384
     config.vae_loss.reconstruction = "l2"  # outlines before the grain of backgrounds
     config.vae_loss.kl_weight = 2e-6
-    # Latents that say loudly, through noise, what a diffusion model has to decide.
+    # Latents that hold, through noise, the coordinates a diffusion model has to decide.
     config.vae_loss.latent_noise = 0.8
-    config.vae_loss.words_weight = 1e-3
+    config.vae_loss.objects_weight = 0.1
     config.vae_kernel_bits = 6  # the package carries the file
     config.pixels.crop = False  # captions tell of whole clips
     config.pixels.sizes = (
         {"frames": 1, "height": 32, "width": 32, "weight": 0.03, "batch": 64},
         {"frames": 1, "height": 48, "width": 48, "weight": 0.04, "batch": 64},
         {"frames": 17, "height": 32, "width": 32, "weight": 0.2, "batch": 32},
-        {"frames": 17, "height": 32, "width": 48, "weight": 0.17, "batch": 21},
-        {"frames": 17, "height": 48, "width": 32, "weight": 0.17, "batch": 21},
-        {"frames": 17, "height": 48, "width": 48, "weight": 0.21, "batch": 14},
-        {"frames": 17, "height": 64, "width": 64, "weight": 0.18, "batch": 8},
+        {"frames": 17, "height": 32, "width": 48, "weight": 0.14, "batch": 21},
+        {"frames": 17, "height": 48, "width": 32, "weight": 0.14, "batch": 21},
+        {"frames": 17, "height": 48, "width": 48, "weight": 0.2, "batch": 14},
+        {"frames": 17, "height": 64, "width": 64, "weight": 0.15, "batch": 8},
+        {"frames": 17, "height": 64, "width": 96, "weight": 0.06, "batch": 5},
+        {"frames": 17, "height": 96, "width": 96, "weight": 0.04, "batch": 3},
     )
     config.optim.optimizer = "muon"
     config.optim.muon_scale = 4.0
@@ -50,7 +53,7 @@ def get_config(arg: str = ""):
     config.optim.weight_decay = 1e-4
     config.optim.ema_decay = 0.998
     config.sampling.first_step = 20
-    config.sampling.every_steps = 1500
+    config.sampling.every_steps = 2000
     config.sampling.num_clips = 8
     if arg == "runlocal":
         config.num_steps = 20

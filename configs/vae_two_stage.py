@@ -28,7 +28,8 @@ def get_config(arg: str = ""):
     config = VAE["get_config"]("runlocal" if small else "")
     config.pixels.resize_share = 1.0  # large clips are seen whole on small pixels, too
     config.pixels.crop = True
-    config.vae_loss.words_weight = 0.0  # captions tell of whole clips
+    config.vae_loss.objects_weight = 0.0  # places are those of whole clips
+    config.vae.block_shortcut = True
     config.optim.update({"optimizer": "adamw", "learning_rate": 1e-3})
     if not small:
         config.num_steps = 5000

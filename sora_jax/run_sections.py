@@ -65,6 +65,9 @@ class VAELossConfig:
     # Of the nats by which the words of a clip's captions are missed when they are read from its
     # latents, noise included.
     words_weight: float = 0.0
+    # Of the mean square by which the first latent channels miss a field of where the objects of a
+    # clip are (tasks/vae_objects.py).
+    objects_weight: float = 0.0
     temporal_weight: float = 0.0  # of the error of changes from frame to frame
     perceptual: str = ""  # "lpips:FILE", "distortion:FILE" or "" (none); see tasks/perceptual.py
     perceptual_weight: float = 0.0
@@ -72,7 +75,7 @@ class VAELossConfig:
     adversarial: AdversarialConfig = AdversarialConfig()
 
     def __post_init__(self):
-        for name in ("free_nats", "words_weight", "temporal_weight", "perceptual_weight",
+        for name in ("free_nats", "words_weight", "objects_weight", "temporal_weight", "perceptual_weight",
                      "perceptual_frames"):
             if getattr(self, name) < 0:
                 raise UserError(f"vae_loss.{name} = {getattr(self, name)} must not be negative")

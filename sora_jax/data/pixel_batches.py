@@ -14,6 +14,9 @@ from sora_jax.data.caption_words import word_buckets
 from sora_jax.data.clip_plan import decode_clip
 from sora_jax.data.pipeline import ENDLESS_STEPS, UnreadableBudget, iterate
 
+# The metadata of a record -> float32 (objects, frames, values).
+Objects = Callable[[dict], np.ndarray]
+
 MAX_DRAWS = 20  # records tried for one place of a batch before it stays empty
 
 
@@ -76,12 +79,12 @@ class DecodedCache:
 class PixelBatches:
     """`batch(step)` is a pure function of the step: {"pixels_BTHWC": float32 in [-1, 1]}, this
     process's share of the global batch, with word_buckets also "words_BV" (see
-    caption_words.py) of all captions of the clips. A record that cannot be read is replaced by
-    another draw and counted against a budget."""
+    caption_words.py) of all captions of the clips, with `objects` also "objects_BOTK". A record
+    that cannot be read is replaced by another draw and counted against a budget."""
 
     def __init__(self, source, config: PixelConfig, seed: int, num_steps: int, process_index: int,
                  process_count: int, max_unreadable: int, num_threads: int, num_prefetch: int,
-                 cache: DecodedCache | None, word_buckets: int):
+                 cache: DecodedCache | None, word_buckets: int, objects: Objects | None):
         if not len(source):
             raise UserError("the dataset has no clips: there are no pixels to train on")
         for size in config.sizes:
@@ -93,6 +96,9 @@ class PixelBatches:
         self._budget = UnreadableBudget(max_unreadable, "the dataset")
         self._cache = DecodedCache(config.cache_bytes) if cache is None else cache
         self._num_buckets, self._words = word_buckets, {}
+        self._objects_of, self._objects = objects, {}
+        if objects:  # raises here for records that tell of none
+            self._num_objects, _, self._object_values = objects(source[0].metadata).shape
         self._plan_records()
 
     def __len__(self):
@@ -110,13 +116,22 @@ class PixelBatches:
         index, count = self._process
         rows = range(size.batch // count * index, size.batch // count * (index + 1))
         pixels = np.zeros((len(rows), size.frames, size.height, size.width, 3), np.float32)
-        words = np.zeros((len(rows), self._num_buckets), np.float32)
+        batch = {"pixels_BTHWC": pixels}
+        if self._num_buckets:
+            batch["words_BV"] = np.zeros((len(rows), self._num_buckets), np.float32)
+        if self._objects_of:
+            batch["objects_BOTK"] = np.zeros(
+                (len(rows), self._num_objects, size.frames, self._object_values), np.float32)
         for local, row in enumerate(rows):
             drawn = self._draw(size, numpy_stream(self._seed, "pixel_clip", step, row))
             if drawn is not None:
-                record, clip = drawn
-                pixels[local], words[local] = transforms.to_float(clip), self._words_of(record)
-        return {"pixels_BTHWC": pixels, **({"words_BV": words} if words.shape[1] else {})}
+                record, start, clip = drawn
+                pixels[local] = transforms.to_float(clip)
+                if self._num_buckets:
+                    batch["words_BV"][local] = self._words_of(record)
+                if self._objects_of:
+                    batch["objects_BOTK"][local] = self._objects_in(record, start, size.frames)
+        return batch
 
     def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """`batch(step)` from `start_step` on, prefetched. Raises UserError when more records
@@ -157,7 +172,8 @@ class PixelBatches:
         self._segment = max([config.segment_frames, *(size.frames for size in config.sizes)])
 
     def _draw(self, size, rng):
-        """(record, pixels_THWC uint8 of a random crop of it); None where none can be read."""
+        """(record, first frame, pixels_THWC uint8 of a random crop of it); None where none can be
+        read."""
         for _ in range(MAX_DRAWS):
             record = int(rng.choice(self._records[size]))
             num_frames = self._windows[record].num_frames
@@ -172,17 +188,21 @@ class PixelBatches:
             except Exception as error:  # it must not be raised inside Grain's map
                 self._budget.count(f"record {record}", error)
                 continue
-            return record, self._crop(pixels, size, draws)
+            start = int(draws[0] * (len(pixels) - size.frames + 1))
+            return record, first + start, self._crop(pixels[start:][:size.frames], size, draws)
         self._budget.give_up()
         return None
 
     def _words_of(self, record):
-        if not self._num_buckets:
-            return ()
         if record not in self._words:
             self._words[record] = word_buckets(
                 self._source[record].captions, self._num_buckets).astype(bool)
         return self._words[record]
+
+    def _objects_in(self, record, start, num_frames):
+        if record not in self._objects:
+            self._objects[record] = self._objects_of(self._source[record].metadata)
+        return self._objects[record][:, start:start + num_frames]
 
     def _decode(self, record, first, length):
         window = dataclasses.replace(self._windows[record], start_frame=first, num_frames=length)
@@ -191,16 +211,13 @@ class PixelBatches:
         return decode_clip(item.video_bytes, window, int(height), int(width), item.id)
 
     def _crop(self, pixels_THWC, size, draws):
-        T, H, W, _ = pixels_THWC.shape
-        start = int(draws[0] * (T - size.frames + 1))
-        pixels_THWC = pixels_THWC[start : start + size.frames]
+        H, W = pixels_THWC.shape[1:3]
         cover = max(size.height / H, size.width / W)
         if draws[1] < self._config.resize_share and cover < 1:
             scale = cover ** draws[2]  # log-uniform between covering the crop and full size
             H, W = max(size.height, round(H * scale)), max(size.width, round(W * scale))
         top, left = int(draws[3] * (H - size.height + 1)), int(draws[4] * (W - size.width + 1))
         return transforms.resize(pixels_THWC, H, W, (top, left, size.height, size.width))
-
 
 
 def pixel_batches(
@@ -215,11 +232,14 @@ def pixel_batches(
     num_prefetch: int = 4,
     cache: DecodedCache | None = None,
     word_buckets: int = 0,
+    objects: Objects | None = None,
 ) -> PixelBatches:
     """Pixel batches of a dataset. Raises UserError where a size fits no record.
 
     cache: shared by batches of the same source and config, however else they differ; None = its
     own. word_buckets: that the words of captions fall into; 0 = batches without words.
+    objects: makes an array (objects, frames, values) of a record's metadata, whose frames of each
+    clip are given; places in it are those of whole frames, so `config` must not crop.
     """
     return PixelBatches(source, config, seed, num_steps, process_index, process_count,
-                        max_unreadable, num_threads, num_prefetch, cache, word_buckets)
+                        max_unreadable, num_threads, num_prefetch, cache, word_buckets, objects)

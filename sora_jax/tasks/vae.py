@@ -16,7 +16,14 @@ from sora_jax.data.sources import Source
 from sora_jax.models.vae_blocks_linear import fold_blocks
 from sora_jax.models.video_vae import VideoVAE
 from sora_jax.run_config import RunConfig
-from sora_jax.tasks import initial_vae, side_by_side, vae_adversarial, vae_losses, vae_words
+from sora_jax.tasks import (
+    initial_vae,
+    side_by_side,
+    vae_adversarial,
+    vae_losses,
+    vae_objects,
+    vae_words,
+)
 from sora_jax.tasks.datasets import open_dataset, prepare_together
 from sora_jax.tasks.perceptual import perceptual_distance
 from sora_jax.tasks.task import Task
@@ -40,7 +47,7 @@ def build(config: RunConfig, workdir: str) -> Task:
         train, config.pixels, config.seed, config.num_steps,
         jax.process_index(), jax.process_count(),
         cache=decoded(train.fingerprint, config.pixels),
-        word_buckets=vae_words.buckets(config),
+        word_buckets=vae_words.buckets(config), objects=vae_objects.reader(config),
     )
     make_params = functools.partial(init, config, model)
     if config.vae.block_shortcut and not config.init.weights:
@@ -68,6 +75,8 @@ def outline(config: RunConfig) -> tuple[Task, dict]:
     batch = {"pixels_BTHWC": np.zeros(shape, np.float32)}
     if vae_words.used(config):
         batch["words_BV"] = np.zeros((size.batch, vae_words.BUCKETS), np.float32)
+    if vae_objects.used(config):
+        batch["objects_BOTK"] = vae_objects.nothing(size.batch, size.frames)
     if vae_adversarial.used(config):
         batch[vae_adversarial.STEP] = np.zeros(size.batch, np.int32)
     return task, batch
@@ -80,6 +89,7 @@ def check(config: RunConfig) -> None:
             config.vae.compression.check(VideoSpec(size.frames, size.height, size.width))
         except UserError as error:
             raise UserError(f"config.pixels.sizes, {size}: {error}") from None
+    vae_objects.check(config)
     if config.vae_loss.kl_weight < 0:
         raise UserError(f"vae_loss.kl_weight = {config.vae_loss.kl_weight} must not be negative")
     if config.vae_loss.reconstruction not in vae_losses.RECONSTRUCTION:
@@ -158,7 +168,8 @@ def decoded(fingerprint: str, pixels: pixel_batches.PixelConfig) -> pixel_batche
 @dataclasses.dataclass(frozen=True)
 class Forward:
     """A batch and what the VAE makes of it; last is the input of the decoder's last layer, words
-    the nats by which the words of the captions are missed, where they are read."""
+    the nats by which the words of the captions are missed, where they are read, objects the error of
+    what the latents say of where things are, where they are taught that."""
 
     pixels_BTHWC: jax.Array
     mean_BTHWC: jax.Array
@@ -166,6 +177,7 @@ class Forward:
     again_BTHWC: jax.Array
     last_BTHWC: jax.Array
     words: jax.Array | None
+    objects: jax.Array | None
 
 
 def forward(config: RunConfig, model: VideoVAE, params, batch: dict, key) -> Forward:
@@ -181,15 +193,18 @@ def forward(config: RunConfig, model: VideoVAE, params, batch: dict, key) -> For
             latents_BTHWC, config.vae_loss.latent_noise, jax.random.fold_in(key, 2))
     words = (vae_words.nats(params, latents_BTHWC, batch["words_BV"])
              if vae_words.used(config) else None)
+    objects = (vae_objects.error(mean_BTHWC, batch["objects_BOTK"], config.vae.compression)
+               if vae_objects.used(config) else None)
     again_BTHWC, kept = model.apply(
         network, latents_BTHWC, method="decode", mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name == "norm_out")
     last_BTHWC = nn.silu(kept["intermediates"]["decoder"]["norm_out"]["__call__"][0])
-    return Forward(pixels_BTHWC, mean_BTHWC, logvar_BTHWC, again_BTHWC, last_BTHWC, words)
+    return Forward(
+        pixels_BTHWC, mean_BTHWC, logvar_BTHWC, again_BTHWC, last_BTHWC, words, objects)
 
 
 def noised(latents_BTHWC, most: float, key):
-    """Latents on their way to noise of their own size, each clip at a time up to `most`: what the
+    """Latents on their way to noise of each channel's own size, each clip at a time up to `most`: what the
     decoder then restores is what a diffusion model need not get right, and the encoder learns
     latents that tell their clip through noise. Most times are early ones, squares of uniform draws:
     under more noise fine detail is never seen, and would never be learned.
@@ -199,15 +214,15 @@ def noised(latents_BTHWC, most: float, key):
     """
     of_time, of_noise = jax.random.split(key)
     time_B1111 = most * jnp.square(jax.random.uniform(of_time, (len(latents_BTHWC), 1, 1, 1, 1)))
-    size = jnp.sqrt(jnp.square(latents_BTHWC).mean())
-    noise_BTHWC = size * jax.random.normal(of_noise, latents_BTHWC.shape)
+    size_C = jnp.sqrt(jnp.square(latents_BTHWC).mean((0, 1, 2, 3)))
+    noise_BTHWC = size_C * jax.random.normal(of_noise, latents_BTHWC.shape)
     return (1 - time_B1111) * latents_BTHWC + time_B1111 * noise_BTHWC
 
 
 def losses(config: RunConfig, perceptual, seen: Forward, key):
-    """(loss of the reconstruction, weighted KL and words, scalars of the batch): kl (nats), psnr
-    (dB), posterior_std (of a latent value), the terms of vae_losses.pixel_terms, and words (nats of
-    a clip) where they are read."""
+    """(loss of the reconstruction, weighted KL, words and objects, scalars of the batch): kl
+    (nats), psnr (dB), posterior_std (of a latent value), the terms of vae_losses.pixel_terms, words
+    (nats of a clip) and objects (mean square) where they are used."""
     pixel_loss, scalars = vae_losses.pixel_terms(
         config.vae_loss, perceptual, seen.again_BTHWC, seen.pixels_BTHWC,
         jax.random.fold_in(key, 1))
@@ -218,7 +233,10 @@ def losses(config: RunConfig, perceptual, seen: Forward, key):
     other_loss = kl_loss
     if seen.words is not None:
         scalars["words"] = seen.words
-        other_loss = kl_loss + config.vae_loss.words_weight * seen.words
+        other_loss += config.vae_loss.words_weight * seen.words
+    if seen.objects is not None:
+        scalars["objects"] = seen.objects
+        other_loss += config.vae_loss.objects_weight * seen.objects
     return pixel_loss, other_loss, {
         **scalars,
         "kl": kl_BTHWC.mean(),
@@ -230,7 +248,7 @@ def losses(config: RunConfig, perceptual, seen: Forward, key):
 
 def loss(config: RunConfig, model: VideoVAE, perceptual, params, batch: dict, key):
     """Loss of the reconstruction + kl_weight * mean KL of a latent value + words_weight * nats of
-    a clip's words, and scalars."""
+    a clip's words + objects_weight * error of its objects, and scalars."""
     seen = forward(config, model, params, batch, key)
     pixel_loss, other_loss, scalars = losses(config, perceptual, seen, key)
     return pixel_loss + other_loss, scalars
@@ -288,9 +306,8 @@ def latent_statistics(config: RunConfig, train: Source, params):
     count, mean_C, square_C, variance_C = total[0], *(total[1:] / total[0])
     assert count.min() > 0
     std_C = np.sqrt(square_C - mean_C**2 + variance_C)
-    if config.vae_loss.latent_noise:
-        channel_std_C = std_C / np.sqrt(np.square(std_C).mean())
-        return tuple(x.astype(np.float32) for x in (mean_C, std_C, channel_std_C))
+    if config.vae_loss.latent_noise:  # which has each channel's own size, as that of diffusion then
+        return tuple(x.astype(np.float32) for x in (mean_C, std_C, np.ones_like(std_C)))
     longest = max(size.frames for size in config.pixels.sizes)
     batch = next(batch for batch in statistics_batches(config, train)
                  if batch["pixels_BTHWC"].shape[1] == longest)

@@ -36,7 +36,8 @@ class Clips:
         if index in self.lost:
             raise OSError("a bad sector")
         return types.SimpleNamespace(id=f"clip-{index}", video_bytes=self.videos[index],
-                                     captions=(f"word{index}", "shown"))
+                                     captions=(f"word{index}", "shown"),
+                                     metadata={"frames": len(self.pixels[index]), "clip": index})
 
 
 @pytest.fixture
@@ -112,6 +113,27 @@ def test_words_are_those_of_the_drawn_clip():
             np.testing.assert_array_equal(words, told[index])
             drawn.add(index)
     assert len(drawn) == 4 and (told[0] != told[1]).any()
+
+
+def test_objects_are_those_of_the_drawn_frames():
+    def objects(metadata):
+        frames_T = np.arange(metadata["frames"])
+        return np.stack([np.full_like(frames_T, metadata["clip"]), frames_T], axis=1)[None]
+
+    clips = Clips([(9, 16, 16), (6, 16, 16)])
+    loader = batches(clips, objects=objects, config={
+        "sizes": (PixelSize(3, 16, 16, 1.0, 8),), "crop": False, "segment_frames": 4})
+    starts = set()
+    for step in range(4):
+        batch = loader.batch(step)
+        assert batch["objects_BOTK"].shape == (8, 1, 3, 2)
+        for pixels, told in zip(batch["pixels_BTHWC"], batch["objects_BOTK"], strict=True):
+            clip, start = told[0, 0].astype(int)
+            np.testing.assert_array_equal(told[0], [[clip, start + i] for i in range(3)])
+            np.testing.assert_array_equal(
+                transforms.to_uint8(pixels), clips.pixels[clip][start:start + 3])
+            starts.add((clip, start))
+    assert len(starts) > 6
 
 
 def test_without_crops_a_size_takes_clips_of_exactly_its_size():

@@ -23,7 +23,7 @@ def config_with(**changes):
     config.vae.update({"encoder_dims": (16,), "decoder_dims": (16,), "patch_size": 4,
                        "patch_frames": 2, "z_dim": 4, "context_blocks": (1, 1)})
     config.pixels.sizes = ({"frames": 3, "height": 8, "width": 8, "weight": 1.0, "batch": 8},)
-    config.vae_loss.update({"words_weight": 0.01, "latent_noise": 0.5})
+    config.vae_loss.update({"words_weight": 0.01, "latent_noise": 0.5, "objects_weight": 0.0})
     config.optim.update({"optimizer": "adamw", "learning_rate": 5e-3, "warmup_steps": 0})
     config.num_steps = 200
     for name, value in changes.items():
