@@ -75,8 +75,8 @@ class VAELossConfig:
     adversarial: AdversarialConfig = AdversarialConfig()
 
     def __post_init__(self):
-        for name in ("free_nats", "words_weight", "objects_weight", "temporal_weight", "perceptual_weight",
-                     "perceptual_frames"):
+        for name in ("free_nats", "words_weight", "objects_weight", "temporal_weight",
+                     "perceptual_weight", "perceptual_frames"):
             if getattr(self, name) < 0:
                 raise UserError(f"vae_loss.{name} = {getattr(self, name)} must not be negative")
         if not 0 <= self.latent_noise <= 1:

@@ -168,8 +168,8 @@ def decoded(fingerprint: str, pixels: pixel_batches.PixelConfig) -> pixel_batche
 @dataclasses.dataclass(frozen=True)
 class Forward:
     """A batch and what the VAE makes of it; last is the input of the decoder's last layer, words
-    the nats by which the words of the captions are missed, where they are read, objects the error of
-    what the latents say of where things are, where they are taught that."""
+    the nats by which the words of the captions are missed, where they are read, and objects the
+    error of what the latents say of objects, where they are taught that."""
 
     pixels_BTHWC: jax.Array
     mean_BTHWC: jax.Array
@@ -204,10 +204,10 @@ def forward(config: RunConfig, model: VideoVAE, params, batch: dict, key) -> For
 
 
 def noised(latents_BTHWC, most: float, key):
-    """Latents on their way to noise of each channel's own size, each clip at a time up to `most`: what the
-    decoder then restores is what a diffusion model need not get right, and the encoder learns
-    latents that tell their clip through noise. Most times are early ones, squares of uniform draws:
-    under more noise fine detail is never seen, and would never be learned.
+    """Latents on their way to noise of each channel's own size, each clip at a time up to `most`:
+    what the decoder then restores is what a diffusion model need not get right, and the encoder
+    learns latents that tell their clip through noise. Most times are early ones, squares of uniform
+    draws: under more noise fine detail is never seen, and would never be learned.
 
     Source: Yang et al. 2025, "Latent denoising makes good tokenizers", arXiv 2507.15856, section 3,
     with uniform times.

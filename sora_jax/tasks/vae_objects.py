@@ -70,8 +70,8 @@ def field(objects_BOTK, compression: Compression, height: int, width: int):
     """
     time, space = compression.time, compression.space
     centre_BOT2 = objects_BOTK[..., [objects.X, objects.Y]]
-    B, O, T, _ = centre_BOT2.shape
-    later_BOTt2 = centre_BOT2[:, :, 1:].reshape(B, O, T // time, time, 2)
+    clips, most, frames, _ = centre_BOT2.shape
+    later_BOTt2 = centre_BOT2[:, :, 1:].reshape(clips, most, frames // time, time, 2)
     centre_BOT2 = jnp.concatenate([centre_BOT2[:, :, :1], later_BOTt2.mean(3)], axis=2)
     # Frame 0 has no motion yet: the encoder sees nothing after it.
     motion_BOT2 = (later_BOTt2[..., -1, :] - later_BOTt2[..., 0, :]) / max(time - 1, 1)
