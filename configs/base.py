@@ -197,7 +197,7 @@ def get_config(arg: str = "") -> ConfigDict:
     })
 
     config.vae_train = "all"  # all | decoder: of the VAE of init.weights, with its encoder frozen
-    config.vae_kernel_bits = 8  # 6 | 8: of the file that a VAE in training is written to
+    config.vae_kernel_bits = 8  # 6 | 8: of the file of a VAE that is trained from scratch
     # A VAE in training: a pyramid of convolutions (configs/vae.py has one of blocks).
     config.vae = ConfigDict({
         "encoder_dims": (24, 48, 48),

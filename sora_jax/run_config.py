@@ -183,7 +183,7 @@ class RunConfig:
     init: InitConfig = InitConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     vae_train: str = "all"  # or "decoder": what makes latents is frozen
-    vae_kernel_bits: int = 8  # of the file that a VAE in training is written to
+    vae_kernel_bits: int = 8  # of the file of a VAE that begins with random weights
     distill: DistillConfig = DistillConfig()
     lora: LoRAConfig = LoRAConfig()
     profile: ProfileConfig = ProfileConfig()

@@ -23,7 +23,8 @@ from sora_jax.models.video_vae import ENCODING
 from sora_jax.run_config import RunConfig
 from sora_jax.tasks.initial_weights import INIT
 from sora_jax.tasks.task import Task
-from sora_jax.weights import published, vae_family
+from sora_jax.weights import published, quantized, vae_family
+from sora_jax.weights.tensor_files import open_tensors
 from sora_jax.weights.vae_files import (
     FrozenVAE,
     architecture,
@@ -90,9 +91,12 @@ def load_initial(config: RunConfig, workdir: str) -> dict:
     frozen = load_vae(where)
     assert frozen.config == config.vae, "settled() gives the architecture"
     params = jax.device_get(frozen.params)
-    flat, card = flatten(params), frozen.card
+    flat, card, path = flatten(params), frozen.card, vae_path(where)
+    kernel_bits = 0
     if "_class_name" in card:
-        card = published.as_native(vae_path(where))[3]
+        card = published.as_native(path)[3]
+    else:
+        kernel_bits = quantized.bits_of(open_tensors(path).tensors)
     statistics = {name: card.get(name) for name in STATISTICS}
     count = sum(x.size for x in flat.values())
     if jax.process_index() == 0:
@@ -100,7 +104,7 @@ def load_initial(config: RunConfig, workdir: str) -> dict:
               f"sha256 {card['sha256']}", flush=True)
         write_whole(pathlib.Path(workdir) / INIT, json.dumps({
             "weights": where, "sha256": card["sha256"], "num_values": count,
-            "config": dataclasses.asdict(frozen.config), **statistics,
+            "config": dataclasses.asdict(frozen.config), **statistics, "kernel_bits": kernel_bits,
             "digest": frozen.digest,
             "encoding_sha256": encoding_sha256(flat, *statistics.values()),
             **{name: card[name] for name in ("published",) if name in card},
@@ -133,6 +137,13 @@ def statistics_of(card: dict):
     """(mean_C, std_C, channel_std_C or None) float32 of WORKDIR/init.json."""
     return tuple(None if card[name] is None else np.asarray(card[name], np.float32)
                  for name in STATISTICS)
+
+
+def kernel_bits(config: RunConfig, workdir: str) -> int:
+    """Of the file that is written: those of the weights a run began with, so that a frozen encoder
+    stays the same bits, and config.vae_kernel_bits of others."""
+    card = begun(workdir)
+    return card.get("kernel_bits", 0) if card else config.vae_kernel_bits
 
 
 def card_entries(config: RunConfig, workdir: str, params) -> dict:

@@ -336,8 +336,8 @@ def _pixel_change(config, params, pixels_BTHWC, step_C):
 
 
 def write_weights(config: RunConfig, train: Source, params, step: int, workdir: str) -> list[str]:
-    """WORKDIR/vae.safetensors (large kernels of config.vae_kernel_bits, or all float32 where it
-    began with weights) and its card; returns their paths."""
+    """WORKDIR/vae.safetensors (large kernels as integers of `initial_vae.kernel_bits`) and its
+    card; returns their paths."""
     frozen = freeze_with(config, train, params, workdir)
     began = initial_vae.card_entries(config, workdir, frozen.params)
     path = pathlib.Path(workdir) / WEIGHTS
@@ -345,7 +345,7 @@ def write_weights(config: RunConfig, train: Source, params, step: int, workdir: 
         path, config.vae, frozen.params, frozen.latent_mean_C, frozen.latent_std_C,
         {"data": config.data.dataset, "data_fingerprint": train.fingerprint, "seed": config.seed,
          "steps": step, "loss": dataclasses.asdict(config.vae_loss), **began},
-        kernel_bits=0 if began else config.vae_kernel_bits,
+        kernel_bits=initial_vae.kernel_bits(config, workdir),
         channel_std_C=frozen.channel_std_C,
     )
     return [str(path), str(path.with_suffix(".json"))]

@@ -16,6 +16,8 @@ def quantize(flat: dict, bits: int = 8) -> dict:
     are packed into three uint8 along the output channels (kernels whose channels four does not
     divide keep 8), and a channel's largest values are cut off where that makes a smaller squared
     error.
+
+    What `dequantize` gives back is written as it was, bit for bit.
     """
     out = {}
     for name, leaf in flat.items():
@@ -38,6 +40,13 @@ def dequantize(flat: dict) -> dict:
         scale = flat.get(name + SCALE, np.float32(1))
         out[name] = values.astype(np.float32) * scale.astype(np.float32)
     return out
+
+
+def bits_of(flat: dict) -> int:
+    """The bits that `quantize` was given for a file of these tensors; 0 where it was not used."""
+    if not any(name.endswith(SCALE) for name in flat):
+        return 0
+    return 6 if any(leaf.dtype == np.uint8 for leaf in flat.values()) else 8
 
 
 def _rounded(leaf, bits: int):

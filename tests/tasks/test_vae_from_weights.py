@@ -1,8 +1,10 @@
 """configs/vae_wan.py on a tiny Wan VAE as published, and its decoder alone after that: both begin
 as the weights they are given, and the second leaves latents as they are."""
 
+import dataclasses
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ from configs import vae_two_stage, vae_wan
 from sora_jax import optim, run_config, sharding, train
 from sora_jax.core.errors import UserError
 from sora_jax.core.tree import flatten, named_leaves
-from sora_jax.models.video_vae import ENCODING, VideoVAEConfig
+from sora_jax.models.video_vae import ENCODING, VideoVAE, VideoVAEConfig
 from sora_jax.tasks import initial_vae, registry, vae
 from sora_jax.tasks.exported import exporter
 from sora_jax.train_step import state_functions
 from sora_jax.weights import published
+from sora_jax.weights.quantized import bits_of
 from sora_jax.weights.tensor_files import open_tensors
-from sora_jax.weights.vae_files import load_vae
+from sora_jax.weights.vae_files import load_vae, save_vae
 from tests.tiny_wan import write_clips, write_vae
 
 STEPS, RATE = 3, 1e-3
@@ -129,6 +132,21 @@ def test_latent_caches_of_the_first_stage_stay_valid_unless_the_card_lies(whole,
     (tmp_path / "vae.json").write_text(json.dumps({**card, "latent_mean": [0.0] * 4}))
     with pytest.raises(UserError, match="latents_of"):
         load_vae(tmp_path)
+
+
+def test_a_decoder_on_a_stored_encoder_is_stored_like_it_and_keeps_its_latents(clips, tmp_path):
+    config = dataclasses.replace(VAE, encoder_dims=(16, 24), decoder_dims=(16, 24), norm_eps=1e-6)
+    params = jax.jit(VideoVAE(config).init)(
+        jax.random.key(0), np.zeros((1, 3, 8, 8, 3), np.float32))["params"]
+    first = tmp_path / "first"
+    save_vae(first / "vae.safetensors", config, nn.unbox(params), np.zeros(4), np.ones(4), {},
+             kernel_bits=6)
+    run = settled(vae_two_stage.get_config("stage2_runlocal"), first, clips, tmp_path / "second")
+    second = trained(run, tmp_path / "second")
+    assert bits_of(open_tensors(second / "vae.safetensors").tensors) == 6
+    assert load_vae(second).digest == load_vae(first).digest
+    before, after = values(first), values(second)
+    assert any(before[name].tobytes() != after[name].tobytes() for name in before)
 
 
 @pytest.mark.parametrize("adversarial", [0.0, 0.5])

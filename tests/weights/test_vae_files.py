@@ -11,7 +11,7 @@ from sora_jax.core.errors import UserError
 from sora_jax.core.tree import flatten
 from sora_jax.models.video_vae import VideoVAE, VideoVAEConfig
 from sora_jax.weights import vae_files
-from sora_jax.weights.quantized import MIN_QUANTIZED, SCALE, dequantize, quantize
+from sora_jax.weights.quantized import MIN_QUANTIZED, SCALE, bits_of, dequantize, quantize
 from sora_jax.weights.tensor_files import open_tensors
 from sora_jax.weights.vae_files import load_vae, save_vae
 
@@ -73,6 +73,17 @@ def test_kernels_of_six_bits_come_back_as_multiples_of_a_scale_nearer_than_plain
         step = np.abs(leaf).max(axis=tuple(range(leaf.ndim - 1))) / 31
         plain = np.round(leaf / step) * step
         assert np.square(again[name] - leaf).sum() < 1.01 * np.square(plain - leaf).sum()
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_what_was_read_is_written_again_bit_for_bit(bits):
+    """A decoder that is trained on a stored encoder must not move it."""
+    kernel = np.random.default_rng(0).standard_t(3, size=(3, 50, 64)).astype(np.float32)
+    stored = quantize({"kernel": kernel, "bias": kernel[0, 0]}, bits)
+    again = quantize(dequantize(stored), bits)
+    assert bits_of(stored) == bits and bits_of({"kernel": kernel}) == 0
+    for name, leaf in stored.items():
+        assert leaf.dtype == again[name].dtype and leaf.tobytes() == again[name].tobytes(), name
 
 
 def test_channels_that_four_does_not_divide_keep_eight_bits():
