@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
     if arg not in ARGUMENTS:
         raise ValueError(f"config argument {arg!r} is unknown; allowed: {', '.join(ARGUMENTS[1:])}")
     small = arg.endswith("runlocal")
-    config = of_all("runlocal" if small else "")
+    config = first_stage("runlocal" if small else "")
     if not arg.startswith("decoder"):
         return config
     config.vae_train = "decoder"
@@ -30,6 +30,7 @@ def get_config(arg: str = ""):
     config.vae_loss.latent_noise = 0.6
     if not small:
         config.num_steps = 6500
+        # Small shapes are what it loses first; frame 0 of a clip is drawn as a still image is.
         config.pixels.sizes = (
             {"frames": 17, "height": 32, "width": 32, "weight": 0.26, "batch": 32},
             {"frames": 17, "height": 32, "width": 48, "weight": 0.17, "batch": 21},
@@ -41,8 +42,8 @@ def get_config(arg: str = ""):
     return config
 
 
-def of_all(arg: str):
-    """The first stage, of encoder and decoder."""
+def first_stage(arg: str):
+    """Encoder and decoder together."""
     config = BASE["get_config"](arg)
     config.task = "vae"
     config.num_steps = 4500

@@ -92,11 +92,11 @@ def load_initial(config: RunConfig, workdir: str) -> dict:
     assert frozen.config == config.vae, "settled() gives the architecture"
     params = jax.device_get(frozen.params)
     flat, card, path = flatten(params), frozen.card, vae_path(where)
-    kernel_bits = 0
+    bits = 0
     if "_class_name" in card:
         card = published.as_native(path)[3]
     else:
-        kernel_bits = quantized.bits_of(open_tensors(path).tensors)
+        bits = quantized.bits_of(open_tensors(path).tensors)
     statistics = {name: card.get(name) for name in STATISTICS}
     count = sum(x.size for x in flat.values())
     if jax.process_index() == 0:
@@ -104,7 +104,7 @@ def load_initial(config: RunConfig, workdir: str) -> dict:
               f"sha256 {card['sha256']}", flush=True)
         write_whole(pathlib.Path(workdir) / INIT, json.dumps({
             "weights": where, "sha256": card["sha256"], "num_values": count,
-            "config": dataclasses.asdict(frozen.config), **statistics, "kernel_bits": kernel_bits,
+            "config": dataclasses.asdict(frozen.config), **statistics, "kernel_bits": bits,
             "digest": frozen.digest,
             "encoding_sha256": encoding_sha256(flat, *statistics.values()),
             **{name: card[name] for name in ("published",) if name in card},
