@@ -15,16 +15,18 @@ CODECS = {
     # Lossless; for drawn clips half of png's time and a tenth less space, for filmed ones large.
     "qtrle": ("qtrle", "mov", "rgb24", {}),
     "ffv1": ("ffv1", "matroska", "bgr0", {}),  # lossless
-    "h264": ("libx264", "mp4", "yuv420p", {"crf": "16", "preset": "veryfast"}),
+    # x264's macroblock tree (its SIMD part) gives other bytes for the same pixels now and then.
+    "h264": ("libx264", "mp4", "yuv420p",
+             {"crf": "16", "preset": "veryfast", "x264-params": "mbtree=0"}),
 }
 
 
 def encode_video(pixels_THWC: np.ndarray, fps: float, codec: str = "png") -> bytes:
     """The container bytes of a uint8 RGB clip.
 
-    "png", "qtrle" and "ffv1" give back the same pixels. "h264" (8 bit 4:2:0) needs even sizes: an
-    odd one is padded by repeating the last row or column. Raises UserError on another codec or
-    array.
+    The same pixels give the same bytes. "png", "qtrle" and "ffv1" give back the same pixels. "h264"
+    (8 bit 4:2:0) needs even sizes: an odd one is padded by repeating the last row or column. Raises
+    UserError on another codec or array.
     """
     if codec not in CODECS:
         raise UserError(f"codec = {codec!r} is unknown (allowed: {', '.join(CODECS)})")
