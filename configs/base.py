@@ -101,7 +101,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "patch": (1, 2, 2),  # latents per token: time, height, width
         "width": 192,
         "num_layers": 6,
-        "num_heads": 2,
+        "num_heads": 4,
         "mlp_ratio": 4.0,
         "mlp_width": 0,  # 0 = mlp_ratio times width
         "rope_theta": 100.0,
@@ -138,6 +138,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "text": {
             "width": 128, "num_layers": 1, "num_heads": 2, "mlp_ratio": 4,
             "ngrams": (3, 5, 8), "num_buckets": 2048, "bytes_per_word": 4, "max_words": 128,
+            "near_words": 6, "near_width": 24,  # words read on either side; their channels
         },
     })
 

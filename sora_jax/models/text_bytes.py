@@ -2,7 +2,10 @@
 
 A word is the sum of embeddings of its bytes and of hashed n-grams that end in it, so that words are
 told apart before the first layer (as in fastText, arXiv 1607.04606, section 3.2, and BLT, arXiv
-2412.09871, section 3.2.1); attention then runs over words, of which there are far fewer than bytes.
+2412.09871, section 3.2.1). Words then read their neighbours by distance, which binds "left" to the
+circle it is said of long before attention has learned to count (a convolution beside attention, as
+in Conformer, arXiv 2005.08100, section 2.2); attention runs over words, of which there are far
+fewer than bytes.
 """
 
 import dataclasses
@@ -25,8 +28,9 @@ _HASH_MULTIPLIER = 1_000_003
 
 @dataclasses.dataclass(frozen=True)
 class TextBytesConfig:
-    """Sizes of the byte encoder. `ngrams` are the lengths hashed into `num_buckets` rows each;
-    a row of M bytes has room for M // bytes_per_word words."""
+    """Sizes of the byte encoder. `ngrams` are the lengths hashed into `num_buckets` rows each; a
+    word reads `near_words` words on either side, `near_width` channels of each; a row of M bytes
+    has room for M // bytes_per_word words."""
 
     width: int = 128
     num_layers: int = 2
@@ -34,6 +38,8 @@ class TextBytesConfig:
     mlp_ratio: int = 4
     ngrams: tuple[int, ...] = (3, 5, 8)
     num_buckets: int = 2048
+    near_words: int = 0
+    near_width: int = 24
     bytes_per_word: int = 4
     max_words: int = 128
 
@@ -41,6 +47,9 @@ class TextBytesConfig:
         if self.width % self.num_heads:
             raise UserError(
                 f"text width {self.width} must be a multiple of {self.num_heads} heads")
+        if self.near_words < 0 or self.near_width < 1:
+            raise UserError(f"text near_words = {self.near_words} should be 0 or more, near_width "
+                            f"= {self.near_width} at least 1")
 
 
 def ngram_buckets(text_BM, segment_BM, length: int, num_buckets: int):
@@ -75,6 +84,23 @@ def word_index(text_BM, segment_BM):
     return jnp.cumsum(begins_BM, axis=1) - 1
 
 
+def neighbouring_words(x_BWE, segment_BW, reach: int):
+    """The `reach` words before each word and those after it side by side, (B, W, 2 * reach * E);
+    zeros where they are of another text."""
+    W = x_BWE.shape[1]
+
+    def shifted(values, offset):
+        edges = [(0, 0)] * values.ndim
+        edges[1] = (reach, reach)
+        return jnp.pad(values, edges)[:, reach + offset:reach + offset + W]
+
+    offsets = [offset for offset in range(-reach, reach + 1) if offset]
+    return jnp.concatenate([
+        jnp.where((shifted(segment_BW, offset) == segment_BW)[..., None],
+                  shifted(x_BWE, offset), 0)
+        for offset in offsets], axis=-1)
+
+
 class TextBytes(nn.Module):
     """Byte ids (B, M) with segments (B, M) -> words (B, W, width) and their segments (B, W), with
     W = M // bytes_per_word; each text on its own. Words beyond W are left out."""
@@ -103,11 +129,20 @@ class TextBytes(nn.Module):
         )
         offset_BW = jnp.minimum(offsets_in_segment(word_segment_BW), config.max_words - 1)
         x_BWD += 0.2 * table("position_table", config.max_words)[offset_BW]
+        if config.near_words:
+            x_BWD += self.near(x_BWD, word_segment_BW)
         plan = attention_plan(word_segment_BW, word_segment_BW, config.width // config.num_heads,
                               split=split_of(config.num_heads, False, False))
         for i in range(config.num_layers):
             x_BWD = TextBlock(config, name=f"block_{i}")(x_BWD, word_segment_BW, plan)
         return RMSNorm(name="norm")(x_BWD), word_segment_BW
+
+    def near(self, x_BWD, segment_BW):
+        """What the words around each one add to it, (B, W, width)."""
+        config = self.config
+        said_BWE = Linear(config.near_width, ("embed", "mlp"), name="near_in")(layer_norm(x_BWD))
+        near_BWF = neighbouring_words(said_BWE, segment_BW, config.near_words)
+        return Linear(config.width, ("mlp", "embed"), name="near_out")(near_BWF)
 
 
 class TextBlock(nn.Module):

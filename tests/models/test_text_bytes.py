@@ -5,18 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sora_jax.core.errors import UserError
 from sora_jax.data.tokenizers import VOCABULARY_SIZE, encode_bytes
 from sora_jax.models.text_bytes import (
     LONGEST_WORD,
     NUM_BYTE_IDS,
     TextBytes,
     TextBytesConfig,
+    neighbouring_words,
     ngram_buckets,
     word_index,
 )
 from sora_jax.sharding import unbox
 
-CONFIG = TextBytesConfig(width=8, num_layers=1, num_heads=2, num_buckets=32)
+CONFIG = TextBytesConfig(
+    width=8, num_layers=1, num_heads=2, num_buckets=32, near_words=2, near_width=4)
 
 
 def row(texts, length=64):
@@ -60,6 +63,24 @@ def test_a_bucket_is_told_by_the_last_bytes_in_their_order(length):
     assert changed(other) == list(range(20, 21 + length))
     assert changed(exchanged) == list(range(20, 21 + length))
     assert changed(neighbour) == list(range(12))
+
+
+def test_a_word_reads_the_words_around_it_in_their_order_and_of_its_text_alone():
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0]])
+    words = np.random.default_rng(0).normal(size=(1, 8, 3)).astype(np.float32)
+    near = np.asarray(neighbouring_words(words, segments, 2)).reshape(8, 4, 3)
+    for word in range(8):
+        for place, offset in enumerate((-2, -1, 1, 2)):
+            other = word + offset
+            there = 0 <= other < 8 and segments[0, other] == segments[0, word]
+            expected = words[0, other] if there else np.zeros(3)
+            np.testing.assert_array_equal(near[word, place], expected)
+
+
+@pytest.mark.parametrize("wrong", [{"near_words": -1}, {"near_words": 2, "near_width": 0}])
+def test_a_reach_that_is_none_is_named(wrong):
+    with pytest.raises(UserError, match="near_words = .* should be 0 or more"):
+        TextBytesConfig(**wrong)
 
 
 def encode(ids, segments):
