@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "diffusion"  # diffusion | distill | vae | features
     config.seed = 0
-    config.num_steps = 1400
+    config.num_steps = 1500
     config.log_every_steps = 20
 
     config.data = ConfigDict({
@@ -34,6 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
             # (frames, weight): a still image has one frame
             "frames": ((1, 0.12), (5, 0.08), (9, 0.12), (13, 0.13), (17, 0.55)),
             "two_shape_share": 0.25,
+            "train_two_shape_share": 0.5,  # they are learned last, and each teaches two shapes
             "textured_share": 0.5,
             "fps": 8.0,
         },
@@ -311,7 +312,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "eta": 0.0,  # of ddim: 0 = no noise, 1 = as much as ddpm
         "grid": "flow",  # flow | karras | exponential
         "num_steps": 32,
-        "guidance": 2.0,  # 1 = none
+        "guidance": 1.5,  # 1 = none
         "guidance_interval": (0.0, 1.0),  # times where guidance works; 0 = data, 1 = noise
         "guidance_rescale": 0.0,  # 1 = a clip keeps the spread of its unguided prediction
         "negative_prompt": "",  # what guidance pushes away from; "" = no caption

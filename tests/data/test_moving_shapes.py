@@ -205,10 +205,23 @@ def test_a_prompt_outside_the_world_is_refused_with_an_example(prompt):
     ({"split": "test"}, "'test'"), ({"sizes": ()}, "sizes"), ({"sizes": ((16, 32, 1.0),)}, "16x32"),
     ({"frames": ((0, 1.0),)}, "frames = 0"), ({"frames": ((1, -1.0),)}, "frames"),
     ({"two_shape_share": 1.5}, "two_shape_share = 1.5"), ({"fps": 0.0}, "fps = 0"),
+    ({"train_two_shape_share": -0.5}, "train_two_shape_share = -0.5"),
 ])
 def test_an_impossible_spec_is_refused_by_value(change, words):
     with pytest.raises(UserError, match=words):
         ShapesSpec(**change)
+
+
+def test_more_clips_of_two_shapes_to_train_on_leave_the_held_out_ones_as_they_are():
+    world = ShapesSpec(two_shape_share=0.0)
+    more = dataclasses.replace(world, train_two_shape_share=1.0)
+    for index in range(5):
+        assert len(generate(0, index, more).state["shapes"]) == 2
+        assert len(generate(0, index, world).state["shapes"]) == 1
+        ours, theirs = (generate(0, index, dataclasses.replace(spec, split="held_out"))
+                        for spec in (more, world))
+        assert ours.state == theirs.state
+        np.testing.assert_array_equal(ours.pixels_THWC, theirs.pixels_THWC)
 
 
 SMALL = {"seed": 5, "num_train": 6, "num_held_out": 3,

@@ -121,6 +121,8 @@ def _identity(seed, num_train, num_held_out, spec):
     """Everything that decides the bytes of the dataset, as JSON would give it back."""
     spec = dataclasses.asdict(spec)
     del spec["split"]
+    if spec["train_two_shape_share"] is None:  # datasets from before it was known keep their name
+        del spec["train_two_shape_share"]
     return json.loads(json.dumps({
         "world_version": WORLD_VERSION, "codec": CODEC, "seed": seed,
         "clips": {"train": num_train, "held_out": num_held_out}, "spec": spec,

@@ -29,7 +29,11 @@ STRAIGHT_SHARE = 0.6
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSpec:
-    """Which clips are drawn; `sizes` and `frames` are tables whose last column is a weight."""
+    """Which clips are drawn; `sizes` and `frames` are tables whose last column is a weight.
+
+    train_two_shape_share: that of split "train", where it is another than the world's; None = the
+    same.
+    """
 
     split: str = "train"
     sizes: tuple[tuple[int, int, float], ...] = (
@@ -40,6 +44,7 @@ class ShapesSpec:
         (1, 0.12), (5, 0.08), (9, 0.12), (13, 0.13), (17, 0.55),
     )
     two_shape_share: float = 0.25
+    train_two_shape_share: float | None = None
     textured_share: float = 0.5
     fps: float = 8.0
 
@@ -56,11 +61,18 @@ class ShapesSpec:
         for num_frames, _ in self.frames:
             if num_frames < 1:
                 raise UserError(f"frames = {num_frames} should be at least 1")
-        for name in ("two_shape_share", "textured_share"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("two_shape_share", "train_two_shape_share", "textured_share"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise UserError(f"{name} = {getattr(self, name)} should be in [0, 1]")
         if not 0 < self.fps < math.inf:
             raise UserError(f"fps = {self.fps} should be positive")
+
+    @property
+    def share_with_two(self) -> float:
+        """Of the clips of this split, those that show two shapes."""
+        if self.split == "train" and self.train_two_shape_share is not None:
+            return self.train_two_shape_share
+        return self.two_shape_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +97,7 @@ def generate(seed: int, index: int, spec: ShapesSpec) -> Clip:
     rng = numpy_stream(seed, f"moving_shapes/{spec.split}", index)
     height, width, _ = spec.sizes[_choice(rng, [row[-1] for row in spec.sizes])]
     num_frames, _ = spec.frames[_choice(rng, [row[-1] for row in spec.frames])]
-    num_shapes = 1 + int(rng.random() < spec.two_shape_share)
+    num_shapes = 1 + int(rng.random() < spec.share_with_two)
     textured = rng.random() < spec.textured_share
     background = BACKGROUNDS[rng.integers(1, len(BACKGROUNDS))] if textured else BACKGROUNDS[0]
     tone = TONES[rng.integers(len(TONES))]
