@@ -52,13 +52,22 @@ class TextBytesConfig:
                             f"= {self.near_width} at least 1")
 
 
+def shifted(x, offset: int):
+    """What stands `offset` places further on in each row (further back where negative); zeros
+    beyond its ends. x: (B, M, ...)."""
+    edges = [(0, 0)] * x.ndim
+    edges[1] = (max(-offset, 0), max(offset, 0))
+    first = max(offset, 0)
+    return jnp.pad(x, edges)[:, first:first + x.shape[1]]
+
+
 def ngram_buckets(text_BM, segment_BM, length: int, num_buckets: int):
     """Bucket (B, M) of the `length` bytes ending at each position, within its own segment."""
     code = jnp.zeros_like(text_BM, dtype=jnp.uint32)
     for back in range(length):
-        ids = jnp.pad(text_BM, ((0, 0), (back, 0)))[:, : text_BM.shape[1]]
-        same = jnp.pad(segment_BM, ((0, 0), (back, 0)))[:, : text_BM.shape[1]] == segment_BM
-        code = code * jnp.uint32(_HASH_MULTIPLIER) + jnp.where(same, ids, 0).astype(jnp.uint32)
+        same = shifted(segment_BM, -back) == segment_BM
+        ids = jnp.where(same, shifted(text_BM, -back), 0).astype(jnp.uint32)
+        code = code * jnp.uint32(_HASH_MULTIPLIER) + ids
     return ((code ^ (code >> 15)) % jnp.uint32(num_buckets)).astype(jnp.int32)
 
 
@@ -78,7 +87,7 @@ def word_index(text_BM, segment_BM):
     A word begins with a text, after a space, and every LONGEST_WORD bytes of a text (languages
     without spaces are cut there). Padding goes on counting.
     """
-    before_BM = jnp.pad(text_BM, ((0, 0), (1, 0)))[:, :-1]
+    before_BM = shifted(text_BM, -1)
     offset_BM = offsets_in_segment(segment_BM)
     begins_BM = (offset_BM % LONGEST_WORD == 0) | ((before_BM == SPACE) & (text_BM != SPACE))
     return jnp.cumsum(begins_BM, axis=1) - 1
@@ -87,13 +96,6 @@ def word_index(text_BM, segment_BM):
 def neighbouring_words(x_BWE, segment_BW, reach: int):
     """The `reach` words before each word and those after it side by side, (B, W, 2 * reach * E);
     zeros where they are of another text."""
-    W = x_BWE.shape[1]
-
-    def shifted(values, offset):
-        edges = [(0, 0)] * values.ndim
-        edges[1] = (reach, reach)
-        return jnp.pad(values, edges)[:, reach + offset:reach + offset + W]
-
     offsets = [offset for offset in range(-reach, reach + 1) if offset]
     return jnp.concatenate([
         jnp.where((shifted(segment_BW, offset) == segment_BW)[..., None],
