@@ -48,7 +48,6 @@ def first_stage(arg: str):
     config.task = "vae"
     config.num_steps = 4500
     config.data.num_train_clips = 16_000
-    config.data.shapes.train_two_shape_share = None  # as in the world
 
     of_blocks(config.vae)
     config.vae.block_shortcut = False  # pixels in another basis, which these latents should not be

@@ -13,6 +13,7 @@ model's features; offsets to a centre under a Gaussian window are those of "Obje
 (Zhou et al. 2019, arXiv 1904.07850).
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,6 +28,8 @@ GAINS = np.array([3.5, 4.3, 4.3, 3.8, 6.3, 6.3, 5, 5, 5, 10, 10, 10], np.float32
 CHANNELS = len(GAINS)
 WINDOW_MEAN = 0.3  # over the latents of usual clips
 _WINDOW = 0.9  # standard deviation of the window over the radius; one latent at least
+_TURN = 3.0  # power of the windows by which objects share a latent
+_NEVER = -1e9
 _SLOW = 0.5  # pixels per frame: a motion as fast as this gives half of its direction
 
 
@@ -62,8 +65,9 @@ def error(mean_BTHWC, objects_BOTK, compression: Compression):
 
 
 def field(objects_BOTK, compression: Compression, height: int, width: int):
-    """(B, T', height, width, CHANNELS): the sum over the objects of what is to be said of each,
-    weighted by a Gaussian window around its centre.
+    """(B, T', height, width, CHANNELS): what is to be said of the objects, weighted by Gaussian
+    windows around their centres. Each latent speaks of the object whose window is higher there,
+    and between two of them it turns from one to the other.
 
     objects_BOTK: see data/moving_shapes/objects.py, of 1 + k * time frames in pixels; height and
     width count latents.
@@ -86,8 +90,10 @@ def field(objects_BOTK, compression: Compression, height: int, width: int):
     x_BOTHW, y_BOTHW = jnp.broadcast_arrays(
         (centre_BOT2[..., 0, None, None] - places[0]) / reach_BOT11,
         (centre_BOT2[..., 1, None, None] - places[1][:, None]) / reach_BOT11)
-    window_BOTHW = facts_BOTK[..., objects.HERE, None, None] * jnp.exp(
-        -0.5 * (jnp.square(x_BOTHW) + jnp.square(y_BOTHW)))
+    far_BOTHW = 0.5 * (jnp.square(x_BOTHW) + jnp.square(y_BOTHW))
+    here_BOT11 = facts_BOTK[..., objects.HERE, None, None]
+    share_BOTHW = jax.nn.softmax(jnp.where(here_BOT11 > 0, -_TURN * far_BOTHW, _NEVER), axis=1)
+    window_BOTHW = here_BOT11 * share_BOTHW * jnp.exp(-far_BOTHW)
 
     of_object_BOTC = jnp.concatenate(
         [jnp.log2(radius_BOT / space)[..., None], motion_BOT2,
