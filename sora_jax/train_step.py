@@ -42,13 +42,21 @@ def state_functions(config, task: Task, tx, mesh):
         abstract, sharding.param_shardings(jax.eval_shape(lambda: parted(boxed)[0]), mesh), mesh,
         sharding.param_shardings(boxed, mesh))
     shardings = offload.on_host(shardings, abstract, config.optim.offload)
-    make_random = jax.jit(random, out_shardings=shardings)
+    make_random = jax.jit(
+        random, out_shardings=shardings, compiler_options=run_once_options(mesh))
     make_begun = jax.jit(begun_with, out_shardings=shardings, donate_argnums=0)
 
     def create(weights=None):
         return make_random() if weights is None else make_begun(weights)
 
     return create, abstract, shardings
+
+
+def run_once_options(mesh) -> dict | None:
+    """XLA's options for a program that runs once. A CPU draws the weights of configs/base.py in
+    half a second without optimization, and would take ten to optimize that."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 0} if on_cpu else None
 
 
 def parter(config, boxed):

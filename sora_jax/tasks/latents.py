@@ -1,5 +1,6 @@
 """From a dataset to its latent cache: every clip through the frozen VAE once."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ import pathlib
 import time
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from sora_jax import shared_work
@@ -22,7 +24,7 @@ from sora_jax.tasks.datasets import open_dataset
 from sora_jax.weights.vae_files import FrozenVAE
 
 MAX_UNREADABLE_SHARE = 0.05
-DECODE_THREADS = 2
+READ_THREADS = 2
 MAX_ROWS = 64  # clips encoded at once
 DECODE_ROWS = 4  # clips decoded at once
 _BATCHES_AHEAD = 4
@@ -96,19 +98,24 @@ def write_batches(vae: FrozenVAE, source: Source, batches, num_planned: int,
 
     Raises UserError as soon as these are too many of the num_planned clips.
     """
-    failed = 0
-    for batch, clips in decoded_ahead(source, batches):
+    def encoded(read):
+        batch, clips = read
         kept = [(item, record, pixels) for item, record, pixels in clips if record is not None]
-        failed += len(clips) - len(kept)
-        if kept:
-            latents = encode(vae, [pixels for *_, pixels in kept], batch)
-            for (item, record, _), latents_THWC in zip(kept, latents, strict=True):
-                writer.add(
-                    item.id(record.id), latents_THWC, record.captions,
-                    item.spec.frames, item.spec.height, item.spec.width, item.window.fps,
-                    clip=item.clip_id(record.id) if item.resolutions else "",
-                    resolutions=item.resolutions,
-                )
+        latents = encode(vae, [pixels for *_, pixels in kept], batch) if kept else []
+        return len(clips) - len(kept), [
+            (item, record, latents_THWC)
+            for (item, record, _), latents_THWC in zip(kept, latents, strict=True)]
+
+    failed = 0
+    for unreadable, clips in in_order(encoded, decoded_ahead(source, batches), vae_threads()):
+        failed += unreadable
+        for item, record, latents_THWC in clips:
+            writer.add(
+                item.id(record.id), latents_THWC, record.captions,
+                item.spec.frames, item.spec.height, item.spec.width, item.window.fps,
+                clip=item.clip_id(record.id) if item.resolutions else "",
+                resolutions=item.resolutions,
+            )
         check_unreadable(failed, num_planned, source)
     return failed
 
@@ -177,14 +184,26 @@ def decoded_ahead(source: Source, batches):
                 out.append((item, None, None))
         return batch, out
 
-    with concurrent.futures.ThreadPoolExecutor(DECODE_THREADS) as pool:
-        waiting = []
-        for batch in batches:
-            waiting.append(pool.submit(decode, batch))
-            if len(waiting) > _BATCHES_AHEAD:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+    yield from in_order(decode, batches, READ_THREADS, _BATCHES_AHEAD)
+
+
+def vae_threads() -> int:
+    """Batches that the VAE works on at once. On CPUs one program is compiled while another runs;
+    an accelerator's memory is for one batch."""
+    return 2 if jax.default_backend() == "cpu" else 1
+
+
+def in_order(function, items, threads: int, ahead: int | None = None):
+    """function(item) of every item, in their order, made by threads up to `ahead` items ahead
+    (None: one for each thread)."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > (threads if ahead is None else ahead):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def reconstructed(config: RunConfig, source: Source, vae: FrozenVAE, plan: list[PlannedClip]):
@@ -235,16 +254,19 @@ def decode(vae: FrozenVAE, latents: list[np.ndarray]) -> list[np.ndarray]:
     Latents are padded in time to the longest of the list and cut after, as in `encode`.
     """
     longest = max((len(latents_THWC) for latents_THWC in latents), default=0)
-    pixels = [None] * len(latents)
+
+    def decoded(part):
+        latents_BTHWC = np.zeros((DECODE_ROWS, longest, *latents[part[0]].shape[1:]), np.float32)
+        for row, i in enumerate(part):
+            latents_BTHWC[row, : len(latents[i])] = latents[i]
+        pixels_BTHWC = np.asarray(vae.decode_normalized(latents_BTHWC))
+        counts = [1 + (len(latents[i]) - 1) * vae.compression.time for i in part]
+        return [(i, pixels_BTHWC[row, :frames])
+                for row, (i, frames) in enumerate(zip(part, counts, strict=True))]
+
+    parts = []
     for side in sorted({latents_THWC.shape[1:] for latents_THWC in latents}):
         mine = [i for i, latents_THWC in enumerate(latents) if latents_THWC.shape[1:] == side]
-        for first in range(0, len(mine), DECODE_ROWS):
-            part = mine[first : first + DECODE_ROWS]
-            latents_BTHWC = np.zeros((DECODE_ROWS, longest, *side), np.float32)
-            for row, i in enumerate(part):
-                latents_BTHWC[row, : len(latents[i])] = latents[i]
-            pixels_BTHWC = np.asarray(vae.decode_normalized(latents_BTHWC))
-            for row, i in enumerate(part):
-                frames = 1 + (len(latents[i]) - 1) * vae.compression.time
-                pixels[i] = pixels_BTHWC[row, :frames]
-    return pixels
+        parts += [mine[first : first + DECODE_ROWS] for first in range(0, len(mine), DECODE_ROWS)]
+    pixels = dict(itertools.chain(*in_order(decoded, parts, vae_threads())))
+    return [pixels[i] for i in range(len(latents))]

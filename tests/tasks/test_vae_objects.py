@@ -56,15 +56,29 @@ def test_motion_is_a_direction_that_frame_0_cannot_know():
     assert not moving[0, ..., 4:6].any() and not still[..., 4:6].any()
 
 
-def test_kinds_are_equally_far_apart_and_two_objects_add_up():
+def test_kinds_are_equally_far_apart():
     x_T, y_T = np.full(5, 12.0), np.full(5, 12.0)
     one = {kind: field_of(thing(x_T, y_T, shape=kind)) for kind in ("circle", "square", "cross")}
     distances = [np.linalg.norm(one[a] - one[b]) for a, b in (
         ("circle", "square"), ("circle", "cross"), ("square", "cross"))]
     np.testing.assert_allclose(distances, distances[0], rtol=1e-5)
-    first, second = thing(x_T, y_T), thing(x_T + 20, y_T, radius=16.0, rgb=(45, 205, 215))
-    np.testing.assert_allclose(
-        field_of(first, second), field_of(first) + field_of(second), atol=1e-5)
+
+
+def test_a_latent_between_two_objects_speaks_of_the_nearer_one():
+    x_T, y_T = np.full(5, 12.0), np.full(5, 20.0)
+    first, second = thing(x_T, y_T), thing(x_T + 24, y_T, shape="circle", rgb=(45, 205, 215))
+    one, two, both = field_of(first), field_of(second), field_of(first, second)
+    for column, mine in ((0, one), (1, one), (4, two), (5, two)):
+        np.testing.assert_allclose(both[:, 2, column], mine[:, 2, column], atol=1e-3)
+    heard_C = (one + two)[0, 2, 2]  # 8 of the 24 pixels from the first, where the sum is of both
+    assert np.abs(both - one)[0, 2, 2].max() < 0.3 * np.abs(heard_C - one[0, 2, 2]).max()
+
+
+def test_far_from_every_object_the_field_ends():
+    x_T = np.full(5, 12.0)
+    field_THWC = field_of(thing(x_T, x_T), thing(x_T + 4, x_T), height=40, width=40)
+    assert np.isfinite(field_THWC).all()
+    np.testing.assert_allclose(field_THWC[:, 20:, 20:], 0, atol=1e-6)
 
 
 def test_the_field_of_usual_clips_has_a_spread_of_about_one_in_every_channel():
