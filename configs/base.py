@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "diffusion"  # diffusion | distill | vae | features
     config.seed = 0
-    config.num_steps = 1500
+    config.num_steps = 1600
     config.log_every_steps = 20
 
     config.data = ConfigDict({
@@ -186,11 +186,12 @@ def get_config(arg: str = "") -> ConfigDict:
         "random_frames": 0.0,
         "random_boxes": 0.0,  # clean inside or outside of a box of height, width and time
         "frame_times": 0.0,  # every latent frame has a diffusion time of its own
+        "ends": 0.0,  # all but a gap between
     })
 
     # Of configs/distill.py: the model of init.weights in few steps (docs/distill.md).
     config.distill = ConfigDict({
-        "guidance": 3.0,  # of the teacher, and with it of the student; 1 = none
+        "guidance": 1.5,  # of the teacher, and with it of the student; 1 = none
         "num_steps": 32,  # of the teacher, from noise to data
         "solver": "euler",  # of the teacher: euler | heun
         "segments": 4,  # that the student crosses in one step each; 1 = a consistency model

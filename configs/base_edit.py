@@ -14,15 +14,15 @@ BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
 
 
 def get_config(arg: str = ""):
-    """configs/base.py with half of the clips given more than their text. arg "runlocal": a trial.
-    """
+    """configs/base.py with most clips given more than their text. arg "runlocal": a trial."""
     config = BASE["get_config"](arg)
     config.conditioning.first_frame = 0.10
     config.conditioning.first_last = 0.05
     config.conditioning.prefix = 0.10
-    config.conditioning.suffix = 0.05
+    config.conditioning.suffix = 0.10
     config.conditioning.random_frames = 0.05
     config.conditioning.random_boxes = 0.10
     config.conditioning.frame_times = 0.05
+    config.conditioning.ends = 0.10
     config.evaluation.edits = 2 if arg == "runlocal" else 32
     return config

@@ -22,7 +22,8 @@ class ConditioningConfig:
     first_frame, first_last: these latent frames are clean. prefix, suffix: the first or last
     frames, from one to all but one. random_frames: any of them, from one to all but one.
     random_boxes: a box of height, width and time is new and the rest clean, or the other way round.
-    frame_times: no frame is clean, each has a diffusion time of its own.
+    frame_times: no frame is clean, each has a diffusion time of its own. ends: all but a gap, which
+    is neither at the beginning nor at the end, as in joins and loops.
 
     A clip that a condition would leave without a token to learn (a still image, for those of
     frames) has its text alone.
@@ -35,6 +36,7 @@ class ConditioningConfig:
     random_frames: float = 0.0
     random_boxes: float = 0.0
     frame_times: float = 0.0
+    ends: float = 0.0
 
     def __post_init__(self):
         for name, share in dataclasses.asdict(self).items():
@@ -92,10 +94,13 @@ def draw(config: ConditioningConfig, seed: int, block: int, visit: int, clip: in
 
 def _known_frames(kind: str, frames: int, rng) -> np.ndarray:
     """Indices of the frames that are clean."""
-    if kind == "first_frame" or (kind == "first_last" and frames == 2):
+    if kind == "first_frame" or (kind in ("first_last", "ends") and frames == 2):
         return np.array([0])
     if kind == "first_last":
         return np.array([0, frames - 1])
+    if kind == "ends":
+        first, last = np.sort(rng.integers(1, frames - 1, 2))  # of the gap
+        return np.r_[:first, last + 1 : frames]
     count = int(rng.integers(1, frames))
     if kind == "prefix":
         return np.arange(count)

@@ -48,6 +48,7 @@ def test_every_condition_leaves_a_token_to_learn(kind, grid):
     ("first_frame", {(0,)}), ("first_last", {(0, 4)}),
     ("prefix", {tuple(range(n)) for n in range(1, 5)}),
     ("suffix", {tuple(range(n, 5)) for n in range(1, 5)}),
+    ("ends", {(0, 2, 3, 4), (0, 1, 3, 4), (0, 1, 2, 4), (0, 3, 4), (0, 1, 4), (0, 4)}),
 ])
 def test_frames_that_are_known_are_those_of_the_name(kind, frames):
     known = drawn(kind)
