@@ -329,9 +329,20 @@ FREE_FIELDS = (
 def claim_workdir(config: RunConfig, workdir: str) -> None:
     """Writes WORKDIR/config.json, or compares with the one that is there.
 
-    Raises UserError naming the fields that differ: a workdir belongs to one run.
+    Fields that came after the workdir was begun have their defaults there. Raises UserError naming
+    the fields that differ: a workdir belongs to one run.
     """
-    workdir_files.claim(workdir, dataclasses.asdict(config), FREE_FIELDS)
+    workdir_files.claim(
+        workdir, dataclasses.asdict(config), FREE_FIELDS, completed=with_later_fields)
+
+
+def with_later_fields(mapping: dict) -> dict:
+    """The config of a workdir with the defaults of fields that it does not have; as it is where it
+    has others."""
+    try:
+        return dataclasses.asdict(from_mapping(RunConfig, mapping))
+    except UserError:
+        return mapping
 
 
 def load_workdir(workdir: str) -> RunConfig:

@@ -12,17 +12,19 @@ from sora_jax.core.errors import UserError
 _SHOWN = 5
 
 
-def claim(workdir, config, may_differ=(), report: Callable[[str], None] = print) -> None:
+def claim(workdir, config, may_differ=(), report: Callable[[str], None] = print,
+          completed: Callable[[dict], dict] = dict) -> None:
     """Writes the config (a nested mapping) into the workdir, or checks it against the one there.
 
-    may_differ: keys and sections whose changes are reported and taken over. Raises UserError naming
-    the other keys that differ, with both values: a workdir belongs to one run.
+    may_differ: keys and sections whose changes are reported and taken over. completed: gives the
+    config of the workdir the keys that the version which wrote it did not have. Raises UserError
+    naming the other keys that differ, with both values: a workdir belongs to one run.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
     new = flat(config)
     if path.exists():
-        old = flat(read(workdir))
+        old = flat(completed(read(workdir)))
         differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         refused = [key for key in differing if not _covers(may_differ, key)]
         if refused:
