@@ -84,7 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.packing = ConfigDict({
         "rows": 8,  # B, of the global batch
         "row_tokens": 256,  # N, video tokens of a row
-        "row_text": 448,  # M, text tokens of a row
+        "row_text": 512,  # M, text tokens of a row
         "max_clips": 16,  # S, clips of a row
         "caption_tokens": None,  # longest caption; None = row_text
         "caption_drop": 0.1,  # share of clips trained without caption, for guidance
