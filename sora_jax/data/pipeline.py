@@ -197,10 +197,11 @@ class PackedBatches:
         longest = int(self.lengths.most_tokens(config).max())
         if clips > 0.9 * config.max_clips:
             return f"rows are full at max_clips = {config.max_clips}; raise it, or lower row_tokens"
-        said = plan.captions_O[plan.captions_O >= 0]
-        text = np.minimum(self.lengths.caption_tokens_K[said], config.caption_limit).sum()
-        text_fills = text > 0.85 * plan.num_rows * config.row_text
-        if longest > config.row_tokens / 4 and not text_fills:
+        said_K = (self.lengths.caption_start_C1[plan.clips_O] + plan.captions_O)[
+            plan.captions_O >= 0]
+        text = np.minimum(self.lengths.caption_tokens_K[said_K], config.caption_limit).sum()
+        share = text / (plan.num_rows * config.row_text)
+        if longest > config.row_tokens / 4 and share < min(0.85, self.useful_share):
             return (f"clips of up to {longest} tokens fill rows of {config.row_tokens} badly; "
                     "raise row_tokens")
         return f"captions fill row_text = {config.row_text}; raise it, or set caption_tokens"

@@ -5,8 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from configs import base
+from sora_jax import run_config
 from sora_jax.core.errors import UserError
 from sora_jax.data import packing
+from sora_jax.data.moving_shapes.world import ShapesSpec, generate
 from sora_jax.data.packing import ClipLengths, PackingConfig, plan_block, plan_steps
 
 BASE = np.array([2, 6, 12, 24, 36, 60, 96, 120, 150, 180])
@@ -105,6 +108,21 @@ def test_clips_are_drawn_again_equally_often():
 def test_at_least_97_percent_useful_at_the_base_mixture(row_tokens):
     config = PackingConfig(8, row_tokens, 2 * row_tokens)
     assert useful_share(make_plan(base_lengths(), config), config) >= 0.97
+
+
+def test_at_least_97_percent_useful_in_rows_of_base_with_its_captions():
+    config = run_config.resolve(base.get_config())
+    shapes = config.data.shapes
+    spec = ShapesSpec(
+        sizes=shapes.sizes, frames=shapes.frames, two_shape_share=shapes.train_two_shape_share)
+    clips = [generate(0, index, spec) for index in range(600)]
+    sizes_C3 = np.array([clip.pixels_THWC.shape[:3] for clip in clips])
+    captions = [(clip.short_caption, clip.long_caption) for clip in clips]
+    lengths = ClipLengths(
+        (1 + (sizes_C3[:, 0] - 1) // 4) * (sizes_C3[:, 1] // 16) * (sizes_C3[:, 2] // 16),
+        np.array([1 + len(text.encode()) for both in captions for text in both]),
+        np.arange(0, 2 * len(clips) + 1, 2))
+    assert useful_share(make_plan(lengths, config.packing), config.packing) >= 0.97
 
 
 @pytest.mark.parametrize("rows", [4, 256])

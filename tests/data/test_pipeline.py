@@ -1,5 +1,6 @@
 """Claims of packed batches: pure functions of the step, the same on any number of hosts."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -44,6 +45,14 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"row_text": 40}, "captions fill row_text = 40"),
+    ({"max_clips": 2}, "rows are full at max_clips = 2")])
+def test_rows_that_stay_empty_are_told_with_what_binds(cache, caplog, changes, why):
+    packed_batches(cache, dataclasses.replace(CONFIG, **changes), PATCH, seed=7)
+    assert "tokens of a row are useful" in caplog.text and why in caplog.text
 
 
 @pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2), (2, 1, 3)])
