@@ -115,7 +115,7 @@ def test_at_least_97_percent_useful_in_rows_of_base_with_its_captions():
     shapes = config.data.shapes
     spec = ShapesSpec(
         sizes=shapes.sizes, frames=shapes.frames, two_shape_share=shapes.train_two_shape_share)
-    clips = [generate(0, index, spec) for index in range(600)]
+    clips = [generate(0, index, spec) for index in range(2000)]
     sizes_C3 = np.array([clip.pixels_THWC.shape[:3] for clip in clips])
     captions = [(clip.short_caption, clip.long_caption) for clip in clips]
     lengths = ClipLengths(
