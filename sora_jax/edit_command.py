@@ -290,7 +290,8 @@ def _loop(editor, ask, inputs):
         request = Request(editor.prompt, VideoSpec(frames, *inputs.shape[1:]), editor.fps,
                           editor.seed)
         clip_THWC = editor.sampler(editor.params, [request])[0]
-        return editing.looped(dataclasses.replace(editor, paste=True), clip_THWC, gap)
+        silent = dataclasses.replace(editor, prompt="", paste=True)
+        return editing.looped(silent, clip_THWC, gap)
     return editing.looped(editor, clip_THWC, _gap(editor, ask, len(clip_THWC)))
 
 

@@ -125,6 +125,14 @@ def test_the_page_shows_every_edit(files):
     assert asked == set(edit_command.EDITS)
 
 
+def test_the_way_back_of_a_loop_is_made_without_the_prompt_of_its_clip(files):
+    run("--prompt='a red circle moves left' --loop --size=64x64 --frames=25", files)
+    assert [request.prompt for _, request in MarkingSampler.asked] == [
+        "a red circle moves left", ""]
+    run("--video=a.mp4 --loop --prompt='a red circle'", files)
+    assert [request.prompt for _, request in MarkingSampler.asked] == ["a red circle"]
+
+
 def test_inputs_are_decoded_as_for_training(files):
     _, (clip,), _, _ = run("--video=a.mp4 --extend=forward --frames=20", files)
     decoded = decode_video(files / "a.mp4").pixels_THWC

@@ -35,10 +35,10 @@ def edit_report(config: RunConfig, sampler: Sampler, params, workdir: str) -> di
     edit_forward_, edit_backward_: the clip is continued from its first half or backwards from its
     second. kept_error: of the given frames (pixel values); velocity_error (px per frame) of new
     ones, with velocity_still beside it, the error if all stood still; seen: share of shapes that
-    are there to measure. edit_loop_closure, edit_join_jump: see `edit_figures`; the join is of two
-    parts of a clip. edit_inpaint_outside_error: of pixels outside the mask, when the half of the
-    clip inside is made anew. "<name>_floor": of the truth through the VAE, for a loop that of the
-    clip there and back.
+    are there to measure. edit_loop_closure, edit_join_jump: see `edit_figures`; a loop is made
+    without the prompt, and the join is of two parts of a clip. edit_inpaint_outside_error: of
+    pixels outside the mask, when the half of the clip inside is made anew. "<name>_floor": of the
+    truth through the VAE, for a loop that of the clip there and back.
     """
     sampler = dataclasses.replace(sampler, packing=dataclasses.replace(sampler.packing, rows=1))
 
@@ -125,7 +125,8 @@ def clip_figures(editor: Editor, clip: TrueClip) -> dict[str, list]:
 
     start_THWC = true_THWC[: frames - gap]
     there_and_back = np.concatenate([start_THWC, start_THWC[-2::-1]])
-    both("loop_closure", figures.loop_closure, editing.looped(editor, start_THWC, gap),
+    silent = dataclasses.replace(editor, prompt="")
+    both("loop_closure", figures.loop_closure, editing.looped(silent, start_THWC, gap),
          editing.reconstructed(editor, there_and_back)[:-1])
 
     joints = frames - gap - editor.time, frames - editor.time

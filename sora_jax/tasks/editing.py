@@ -197,7 +197,10 @@ def joined(editor: Editor, before_THWC, after_THWC, gap: int) -> np.ndarray:
 
 
 def looped(editor: Editor, pixels_THWC, gap: int) -> np.ndarray:
-    """The clip and `gap` new frames that lead from its end back to its beginning."""
+    """The clip and `gap` new frames that lead from its end back to its beginning.
+
+    A prompt that tells of motion works against them: on the way back things move the other way.
+    """
     middle = bridge(editor, pixels_THWC, pixels_THWC, gap)
     return np.concatenate([shown(editor, pixels_THWC), middle])
 

@@ -61,6 +61,20 @@ def test_a_sampler_that_makes_the_truth_reaches_every_floor(frames):
     assert found["loop_closure"] > 1.8, "the truth goes on and does not lead back"
 
 
+def test_loops_alone_are_made_without_the_prompt():
+    clip = generate(5, 0, ShapesSpec("held_out", sizes=((48, 64, 1.0),), frames=((9, 1.0),)))
+    asked = []
+
+    class Listening(Sampler):
+        def __call__(self, params, requests):
+            asked.append(requests[0].prompt)
+            return super().__call__(params, requests)
+
+    editor = Editor(Listening(clip.pixels_THWC), {}, "a circle", 8.0, 0, window_frames=9)
+    edits.clip_figures(editor, edits.TrueClip(clip.pixels_THWC, "a circle", 8.0, clip.state))
+    assert asked == ["a circle", "a circle", "", "a circle", "a circle"]
+
+
 def test_a_sampler_that_goes_another_way_is_told():
     found = figures(17, lambda pixels_THWC: pixels_THWC[::-1])
     assert found["forward_velocity_error"] > found["forward_velocity_still"]
