@@ -3,8 +3,9 @@
 Command:  python -m sora_jax.train --config=configs/base_edit.py
 Time:     not measured from scratch; a step has 1.23 times base's FLOPs (--mode=plan), as tokens
           have times
-Result:   400 steps from the weights of a base run (--config.init.weights=RUN) are in
-          docs/editing.md: what is given stays, what is new moves more rightly than not at all
+Result:   800 steps from the weights of a base run (--config.init.weights=RUN, nine minutes on two
+          CPU cores) are in docs/editing.md: what is given stays, continued shapes go on about the
+          right way, joins are nearly without a seam, loops less so
 """
 
 import pathlib
