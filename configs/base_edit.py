@@ -1,7 +1,7 @@
 """Text to video that also continues, joins and repaints clips: configs/base.py with conditions.
 
 Command:  python -m sora_jax.train --config=configs/base_edit.py
-Time:     not measured from scratch; a step has 1.23 times base's FLOPs (--mode=plan), as tokens
+Time:     not measured from scratch; a step has 1.19 times base's FLOPs (--mode=plan), as tokens
           have times
 Result:   800 steps from the weights of a base run (--config.init.weights=RUN, nine minutes on two
           CPU cores) are in docs/editing.md: what is given stays, continued shapes go on about the
