@@ -17,7 +17,7 @@ BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
 def get_config(arg: str = ""):
     """configs/base.py with most clips given more than their text. arg "runlocal": a trial."""
     config = BASE["get_config"](arg)
-    config.packing.caption_drop = 0.3  # else motion is read from the prompt, not from what is given
+    config.packing.caption_drop = 0.3  # so that motion is read from what is given, too
     config.conditioning.first_frame = 0.10
     config.conditioning.first_last = 0.05
     config.conditioning.prefix = 0.10

@@ -78,7 +78,7 @@ class Draws:
         if variants is not None:
             clips_O = variants.draw(self.seed, self.block, units_O, visits_O)
         captions_O = _draw_captions(self.lengths, self.config, self.rng, clips_O)
-        text_O = _text_tokens(self.lengths, self.config, clips_O, captions_O)
+        text_O = text_tokens(self.lengths, self.config, clips_O, captions_O)
         drop, grid_C3 = self.config.token_drop, self.lengths.grid_C3
         dropped_O = np.zeros(len(clips_O))
         tokens_O = self.lengths.tokens_C[clips_O].astype(np.int64)
@@ -98,7 +98,7 @@ def _draw_captions(lengths, config, rng, clips_O):
     return np.where(dropped_O | (count_O == 0), -1, captions_O)
 
 
-def _text_tokens(lengths, config, clips_O, captions_O):
+def text_tokens(lengths, config, clips_O, captions_O):
     """Text tokens of each drawn clip."""
     if len(lengths.caption_tokens_K):
         flat_O = lengths.caption_start_C1[clips_O] + np.maximum(captions_O, 0)

@@ -16,7 +16,7 @@ import numpy as np
 
 from sora_jax.core.errors import UserError
 from sora_jax.core.shapes import nearest_multiples
-from sora_jax.data import conditioning, packed_rows, packing, token_drop
+from sora_jax.data import conditioning, draws, packed_rows, packing, token_drop
 from sora_jax.data.conditioning import ConditioningConfig
 from sora_jax.data.latent_cache import LatentCache
 from sora_jax.data.text_cache import TextCache
@@ -197,10 +197,8 @@ class PackedBatches:
         longest = int(self.lengths.most_tokens(config).max())
         if clips > 0.9 * config.max_clips:
             return f"rows are full at max_clips = {config.max_clips}; raise it, or lower row_tokens"
-        said_K = (self.lengths.caption_start_C1[plan.clips_O] + plan.captions_O)[
-            plan.captions_O >= 0]
-        text = np.minimum(self.lengths.caption_tokens_K[said_K], config.caption_limit).sum()
-        share = text / (plan.num_rows * config.row_text)
+        text_O = draws.text_tokens(self.lengths, config, plan.clips_O, plan.captions_O)
+        share = text_O.sum() / (plan.num_rows * config.row_text)
         if longest > config.row_tokens / 4 and share < min(0.85, self.useful_share):
             return (f"clips of up to {longest} tokens fill rows of {config.row_tokens} badly; "
                     "raise row_tokens")
