@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "diffusion"  # diffusion | distill | vae | features
     config.seed = 0
-    config.num_steps = 1600
+    config.num_steps = 1800
     config.log_every_steps = 20
 
     config.data = ConfigDict({
@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
             # (frames, weight): a still image has one frame
             "frames": ((1, 0.12), (5, 0.08), (9, 0.12), (13, 0.13), (17, 0.55)),
             "two_shape_share": 0.25,
-            "train_two_shape_share": 0.5,  # they are learned last, and each teaches two shapes
+            "train_two_shape_share": 0.75,  # they are learned last, and each teaches two shapes
             "textured_share": 0.5,
             "fps": 8.0,
         },
@@ -85,7 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.packing = ConfigDict({
         "rows": 8,  # B, of the global batch
         "row_tokens": 256,  # N, video tokens of a row
-        "row_text": 512,  # M, text tokens of a row
+        "row_text": 576,  # M, text tokens of a row
         "max_clips": 16,  # S, clips of a row
         "caption_tokens": None,  # longest caption; None = row_text
         "caption_drop": 0.1,  # share of clips trained without caption, for guidance
@@ -265,6 +265,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "optimizer": "muon",  # adamw | muon | adafactor | schedule_free
         "learning_rate": 2.5e-3,
         "muon_scale": 2.4,  # Muon's rate over that of AdamW's part
+        "muon_steps": 3,  # of its Newton-Schulz iteration; 5 with "frobenius"
+        "muon_preconditioning": "aol",  # frobenius | schatten | aol
         "warmup_steps": 50,
         "decay": "cosine",
         "final_lr_fraction": 0.02,
@@ -309,12 +311,12 @@ def get_config(arg: str = "") -> ConfigDict:
         "every_steps": 800,
         "first_step": 10,  # an early sheet; 0 = none
         "num_clips": 16,
-        "sampler": "euler",  # or heun, ddim, ddpm, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc,
+        "sampler": "ddpm",  # or euler, heun, ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc,
         # consistency (of distilled models)
         "eta": 0.0,  # of ddim: 0 = no noise, 1 = as much as ddpm
         "grid": "flow",  # flow | karras | exponential
-        "num_steps": 32,
-        "guidance": 1.5,  # 1 = none
+        "num_steps": 16,
+        "guidance": 2.0,  # 1 = none
         "guidance_interval": (0.0, 1.0),  # times where guidance works; 0 = data, 1 = noise
         "guidance_rescale": 0.0,  # 1 = a clip keeps the spread of its unguided prediction
         "negative_prompt": "",  # what guidance pushes away from; "" = no caption

@@ -25,5 +25,6 @@ def get_config(arg: str = ""):
     config.num_steps = 20 if arg == "runlocal" else 400
     config.packing.caption_drop = 0.0  # the student is asked without guidance
     config.optim.update({"learning_rate": 5e-4, "decay": "constant", "ema_decay": 0.98})
-    config.sampling.update({"guidance": 1.0, "num_steps": 4, "first_step": 0})
+    config.sampling.update(
+        {"sampler": "euler", "guidance": 1.0, "num_steps": 4, "first_step": 0})
     return config

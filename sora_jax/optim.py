@@ -15,6 +15,7 @@ from sora_jax.offload import FIELDS
 from sora_jax.parameter_groups import ParameterGroup, first_match
 
 OPTIMIZERS = ("adamw", "muon", "adafactor", "schedule_free")
+MUON_PRECONDITIONING = ("frobenius", "schatten", "aol")
 STATE_DTYPES = ("float32", "bfloat16")
 DECAYS = ("cosine", "linear", "constant", "warmup_stable_decay")
 
@@ -40,6 +41,9 @@ class OptimConfig:
       here begin at zero. "schedule_free": AdamW without decay of the rate, whose own average takes
       the place of the averaged weights.
     muon_scale: Muon's rate over that of AdamW's part.
+    muon_steps: of the Newton-Schulz iteration that makes Muon's updates orthogonal, and what scales a
+      matrix before them, muon_preconditioning: its norm, or "schatten" or "aol", which say more of
+      its largest singular value and so save steps (Boissin et al. 2025, arXiv 2512.04632).
     learning_rate: the peak, reached after `warmup` steps and left at once, or under
       "warmup_stable_decay" kept until the last `decay_fraction` of the run.
     final_lr_fraction: the last step's rate over the peak (ignored by "constant").
@@ -59,6 +63,8 @@ class OptimConfig:
 
     optimizer: str = "adamw"
     muon_scale: float = 1.0
+    muon_steps: int = 5
+    muon_preconditioning: str = "frobenius"
     learning_rate: float = 3e-4
     warmup_steps: int = 100
     decay: str = "cosine"
@@ -108,6 +114,11 @@ class OptimConfig:
                 f"optim.accumulate_steps = {self.accumulate_steps} must be at least 1")
         if not self.muon_scale > 0:
             raise UserError(f"optim.muon_scale = {self.muon_scale} must be above 0")
+        if self.muon_steps < 1:
+            raise UserError(f"optim.muon_steps = {self.muon_steps} must be at least 1")
+        if self.muon_preconditioning not in MUON_PRECONDITIONING:
+            raise UserError(f"optim.muon_preconditioning = {self.muon_preconditioning!r} is not one "
+                            f"of {', '.join(MUON_PRECONDITIONING)}")
         if not self.eps > 0:
             raise UserError(f"optim.eps = {self.eps} must be above 0")
         for name in ("final_lr_fraction", "decay_fraction"):
@@ -254,7 +265,8 @@ def update_parts(config: OptimConfig, schedule) -> list[optax.GradientTransforma
             weight_decay=config.weight_decay, weight_decay_mask=decay_mask,
             adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, consistent_rms=0.2,
             adam_weight_decay=config.weight_decay, mu_dtype=moment_dtype(config),
-            muon_weight_dimension_numbers=muon_dimensions,
+            muon_weight_dimension_numbers=muon_dimensions, ns_steps=config.muon_steps,
+            preconditioning=config.muon_preconditioning,
         )]
     if config.optimizer == "adafactor":
         # Its own decay would not be multiplied by the rate.

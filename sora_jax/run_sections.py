@@ -145,7 +145,7 @@ def check_sampling(config, shown) -> None:
         if getattr(config, field) < 1:
             refuse(field, "must be at least 1")
     if config.resample_times > 1 and config.sampler not in RESAMPLED:
-        refuse("resample_times", f"goes with the samplers {' and '.join(RESAMPLED)} and the "
+        refuse("resample_times", f"goes with the samplers {', '.join(RESAMPLED)} and the "
                f"sampler is {config.sampler}; set it to 1")
     first, last = config.guidance_interval
     if not 0 <= first <= last <= 1:

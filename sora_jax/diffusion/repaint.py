@@ -17,7 +17,7 @@ from sora_jax.diffusion.grids import Levels
 from sora_jax.diffusion.samplers import Table
 from sora_jax.diffusion.solvers import ddim, finish
 
-RESAMPLED = ("euler", "ddim")  # samplers whose steps may be walked again: they keep no history
+RESAMPLED = ("euler", "ddim", "ddpm")  # samplers whose steps may be walked again: they keep no history
 
 
 def order(num_steps: int, jump: int, times: int) -> list[tuple[int, int | None]]:

@@ -152,8 +152,8 @@ def clip_table(batch: dict, settings: SamplingConfig, diffusion: DiffusionConfig
     times_KBS = times.shift(grid_KBS, np.asarray(clip_shift(batch, diffusion)))
     levels = grids.flow_levels(times_KBS)
     if resampled and settings.resample_times > 1:
-        return repaint(
-            levels, "flow", settings.resample_jump, settings.resample_times, settings.eta)
+        eta = 1.0 if settings.sampler == "ddpm" else settings.eta
+        return repaint(levels, "flow", settings.resample_jump, settings.resample_times, eta)
     return solvers.make_table(
         settings.sampler, levels.reversed() if inverted else levels, "flow", settings.eta,
         "learned" if diffusion.learned_variance else "smallest",
