@@ -22,7 +22,7 @@ from sora_jax.weights.vae_files import load_vae
 SPEC = VideoSpec(9, 32, 32)  # latents (3, 4, 4): 3 x 2 x 2 tokens
 KNOWN = np.zeros((3, 2, 2), bool)
 KNOWN[0], KNOWN[1, 0, 0] = True, True
-RESAMPLED = {"sampler": "euler", "resample_times": 3, "resample_jump": 1}
+RESAMPLED = {"resample_times": 3, "resample_jump": 1}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def tiny():
     config.model.update({"num_layers": 1, "unroll": 1, "width": 16, "text_attention": "none",
                          "product_dtype": "float32"})
     config.packing.update({"row_tokens": 24, "row_text": 64, "max_clips": 2})
-    config.sampling.update({"rows": 1, "guidance": 1.0, "num_steps": 3})
+    config.sampling.update({"rows": 1, "guidance": 1.0, "num_steps": 3, "sampler": "euler"})
     config = run_config.resolve(config)
     vae = load_vae(config.latents.vae)
     model = diffusion.make_model(config, vae)
@@ -59,7 +59,7 @@ def places(known_THW):
 
 @pytest.mark.parametrize("name, clean", [
     ("unipc", True), ("heun", True), ("unipc", False), ("heun", False), ("dpmpp_2m_sde", False),
-    ("resampled", False)])
+    ("ddpm", True), ("resampled", False)])
 def test_known_tokens_come_back_bit_for_bit_and_shape_the_others(tiny, name, clean):
     sampler, params = tiny
     changes = RESAMPLED if name == "resampled" else {"sampler": name}
@@ -87,6 +87,17 @@ def test_parts_are_walked_again_only_where_known_tokens_are_shown_noised(tiny):
         one, other = (dataclasses.replace(each, sees_clean=clean).latents(params, asked)[0]
                       for each in (plain, again))
         assert (np.abs(one - other).max() > 1e-3) == differs
+
+
+def test_ancestral_steps_are_walked_again_as_those_of_ddim_with_all_noise(tiny):
+    sampler, params = tiny
+    results = [
+        dataclasses.replace(sampler, settings=dataclasses.replace(
+            sampler.settings, **{**RESAMPLED, **changes})).latents(
+                params, [request(Edit(source(sampler), KNOWN))])[0]
+        for changes in ({"sampler": "ddpm"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddim"})]
+    np.testing.assert_array_equal(results[0], results[1])
+    assert np.abs(results[0] - results[2]).max() > 1e-3
 
 
 @pytest.mark.parametrize("clean", [True, False])
@@ -141,6 +152,10 @@ def test_strength_zero_gives_the_source_back_and_one_ignores_it(tiny):
     np.testing.assert_allclose(at[1.0], plain, rtol=1e-4, atol=1e-4)
     away = [np.abs(at[strength] - x).mean() for strength in (0.0, 0.02, 0.5, 1.0)]
     assert away == sorted(away) and away[1] < 0.2 * away[3]
+    ancestral = dataclasses.replace(
+        sampler, settings=dataclasses.replace(sampler.settings, sampler="ddpm"))
+    (back,) = ancestral.latents(params, [request(Edit(x, None, 0.0))])
+    np.testing.assert_array_equal(back, x)
     for strength in (-0.1, 1.5):
         with pytest.raises(UserError, match="must be from 0"):
             Edit(x, None, strength)
