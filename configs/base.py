@@ -317,7 +317,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "grid": "flow",  # flow | karras | exponential
         "num_steps": 16,
         "guidance": 2.0,  # 1 = none
-        "guidance_interval": (0.0, 1.0),  # times where guidance works; 0 = data, 1 = noise
+        "guidance_interval": (0.6, 1.0),  # times where guidance works; 0 = data, 1 = noise
         "guidance_rescale": 0.0,  # 1 = a clip keeps the spread of its unguided prediction
         "negative_prompt": "",  # what guidance pushes away from; "" = no caption
         "resample_times": 1,  # walks of each part, in edits of runs without conditions; 1 = once

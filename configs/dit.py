@@ -53,6 +53,8 @@ def get_config(arg: str = ""):
     # 65,536 tokens a step, as many as their 256 images of 256 tokens have.
     config.packing.update({"rows": 32, "row_tokens": 2048, "row_text": 4096, "max_clips": 64})
     config.checkpoint.update({"every_steps": 5000, "keep": 3})
-    config.sampling.update({"sampler": "euler", "num_steps": 32, "guidance": 1.5,
-                            "first_step": 1000, "every_steps": 50_000})
+    config.sampling.update({
+        "sampler": "euler", "num_steps": 32, "guidance": 1.5, "guidance_interval": (0.0, 1.0),
+        "first_step": 1000, "every_steps": 50_000,
+    })
     return config

@@ -54,8 +54,8 @@ def get_config(arg: str = ""):
     })
     config.checkpoint.every_steps = 500
     config.sampling.update({
-        "sampler": "unipc", "num_steps": 50, "guidance": 5.0, "first_step": 0, "every_steps": 500,
-        "num_clips": 2, "rows": 1,
+        "sampler": "unipc", "num_steps": 50, "guidance": 5.0, "guidance_interval": (0.0, 1.0),
+        "first_step": 0, "every_steps": 500, "num_clips": 2, "rows": 1,
     })
     config.evaluation.update({"num_prompts": 0, "num_loss_clips": 16, "num_vae_clips": 8})
     if arg == "runlocal":

@@ -28,7 +28,8 @@ def get_config(arg: str = ""):
     config.packing.rows = 2
     config.diffusion.update({"base_tokens": 120.0, "base_shift": 3.0})
     # ddpm, guidance and steps of base are of moving_shapes
-    config.sampling.update({"sampler": "euler", "num_steps": 32, "guidance": 1.5})
+    config.sampling.update({"sampler": "euler", "num_steps": 32, "guidance": 1.5,
+                            "guidance_interval": (0.0, 1.0)})
     if arg == "runlocal":
         config.data.max_frames = 9
         config.data.max_windows = 2

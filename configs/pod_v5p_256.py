@@ -46,8 +46,8 @@ def get_config(arg: str = ""):
     # About every half hour: what a failure costs is then a hundredth of a day.
     config.checkpoint.update({"every_steps": 100 if stage == "high" else 500, "keep": 3})
     config.sampling.update({
-        "sampler": "unipc", "num_steps": 50, "guidance": 5.0, "first_step": 0,
-        "every_steps": 5000, "num_clips": 8, "rows": 32,
+        "sampler": "unipc", "num_steps": 50, "guidance": 5.0, "guidance_interval": (0.0, 1.0),
+        "first_step": 0, "every_steps": 5000, "num_clips": 8, "rows": 32,
     })
     config.evaluation.update({"every_steps": 5000, "num_prompts": 0, "num_loss_clips": 256})
     return config

@@ -41,9 +41,10 @@ class OptimConfig:
       here begin at zero. "schedule_free": AdamW without decay of the rate, whose own average takes
       the place of the averaged weights.
     muon_scale: Muon's rate over that of AdamW's part.
-    muon_steps: of the Newton-Schulz iteration that makes Muon's updates orthogonal, and what scales a
-      matrix before them, muon_preconditioning: its norm, or "schatten" or "aol", which say more of
-      its largest singular value and so save steps (Boissin et al. 2025, arXiv 2512.04632).
+    muon_steps: of the Newton-Schulz iteration that makes Muon's updates orthogonal.
+    muon_preconditioning: what scales a matrix before these steps: its norm ("frobenius"), or
+      "schatten" or "aol", which come closer to its largest singular value and so save steps
+      (Boissin et al. 2025, arXiv 2512.04632).
     learning_rate: the peak, reached after `warmup` steps and left at once, or under
       "warmup_stable_decay" kept until the last `decay_fraction` of the run.
     final_lr_fraction: the last step's rate over the peak (ignored by "constant").
@@ -117,8 +118,8 @@ class OptimConfig:
         if self.muon_steps < 1:
             raise UserError(f"optim.muon_steps = {self.muon_steps} must be at least 1")
         if self.muon_preconditioning not in MUON_PRECONDITIONING:
-            raise UserError(f"optim.muon_preconditioning = {self.muon_preconditioning!r} is not one "
-                            f"of {', '.join(MUON_PRECONDITIONING)}")
+            raise UserError(f"optim.muon_preconditioning = {self.muon_preconditioning!r} is not "
+                            f"one of {', '.join(MUON_PRECONDITIONING)}")
         if not self.eps > 0:
             raise UserError(f"optim.eps = {self.eps} must be above 0")
         for name in ("final_lr_fraction", "decay_fraction"):

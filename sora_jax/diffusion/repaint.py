@@ -17,7 +17,8 @@ from sora_jax.diffusion.grids import Levels
 from sora_jax.diffusion.samplers import Table
 from sora_jax.diffusion.solvers import ddim, finish
 
-RESAMPLED = ("euler", "ddim", "ddpm")  # samplers whose steps may be walked again: they keep no history
+# Samplers whose steps may be walked again: they keep no history. ddpm is ddim with eta = 1.
+RESAMPLED = ("euler", "ddim", "ddpm")
 
 
 def order(num_steps: int, jump: int, times: int) -> list[tuple[int, int | None]]:

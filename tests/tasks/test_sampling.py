@@ -27,7 +27,8 @@ def make():
     config = base.get_config("runlocal")
     config.model.update({"num_layers": 1, "unroll": 1, "width": 16})
     config.packing.update({"row_tokens": 24, "row_text": 64, "max_clips": 2})
-    config.sampling.rows = 1
+    config.sampling.update(
+        {"rows": 1, "sampler": "euler", "guidance": 1.5, "guidance_interval": (0.0, 1.0)})
     config = run_config.resolve(config)
     vae = load_vae(config.latents.vae)
     model = diffusion.make_model(config, vae)
