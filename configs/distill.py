@@ -24,7 +24,8 @@ def get_config(arg: str = ""):
     config.latents.directory = f"{teacher}/latents"
     config.num_steps = 20 if arg == "runlocal" else 400
     config.packing.caption_drop = 0.0  # the student is asked without guidance
-    config.optim.update({"learning_rate": 5e-4, "decay": "constant", "ema_decay": 0.98})
+    config.optim.update({
+        "learning_rate": 5e-4, "warmup_steps": config.num_steps // 20, "ema_decay": 0.98})
     config.sampling.update(
         {"sampler": "euler", "guidance": 1.0, "num_steps": 4, "first_step": 0})
     return config
