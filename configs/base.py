@@ -192,7 +192,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Of configs/distill.py: the model of init.weights in few steps (docs/distill.md).
     config.distill = ConfigDict({
-        "guidance": 1.5,  # of the teacher, and with it of the student; 1 = none
+        "guidance": 2.0,  # of the teacher, and with it of the student; 1 = none
+        "guidance_interval": (0.6, 1.0),  # times where the teacher is guided; 0 = data, 1 = noise
         "num_steps": 32,  # of the teacher, from noise to data
         "solver": "euler",  # of the teacher: euler | heun
         "segments": 4,  # that the student crosses in one step each; 1 = a consistency model

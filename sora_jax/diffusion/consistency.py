@@ -37,6 +37,7 @@ class DistillConfig:
     """Few-step distillation of the model that config.init.weights names (docs/distill.md)."""
 
     guidance: float = 3.0  # of the teacher; it becomes part of the student. 1 = none
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times of a clip where it is guided
     num_steps: int = 32  # of the teacher's walk from noise to data
     solver: str = "euler"  # of its steps: euler | heun
     segments: int = 4  # that the student crosses in one step each; 1: a consistency model
@@ -47,6 +48,11 @@ class DistillConfig:
                             f"{', '.join(TEACHER_SOLVERS)}")
         if not 0 <= self.guidance < math.inf:
             raise UserError(f"distill.guidance = {self.guidance} must not be negative; 1 is none")
+        first, last = self.guidance_interval
+        if not 0 <= first <= last <= 1:
+            raise UserError(
+                f"distill.guidance_interval = {self.guidance_interval} must be two times from 0 "
+                "(data) to 1 (noise), smaller first")
         if self.segments < 1 or self.num_steps < 1 or self.num_steps % self.segments:
             raise UserError(
                 f"distill.num_steps = {self.num_steps} of the teacher must be a multiple of "

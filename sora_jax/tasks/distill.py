@@ -121,8 +121,10 @@ def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, k
         with_text = ask(teacher, x_BND, time_BS, {})
         if not blank:
             return with_text
+        scale_BS = guidance.scale_in_interval(
+            settings.guidance, time_BS, settings.guidance_interval)
         return guidance.guide(
-            with_text, ask(teacher, x_BND, time_BS, blank), settings.guidance)
+            with_text, ask(teacher, x_BND, time_BS, blank), expand(scale_BS))
 
     number_BS = jax.random.randint(
         stream(key, "time"), batch["clip_BSF"].shape[:2], 1, settings.num_steps + 1)

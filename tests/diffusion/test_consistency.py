@@ -98,6 +98,7 @@ def test_nothing_of_a_target_is_differentiated():
 @pytest.mark.parametrize("wrong, words", [
     ({"segments": 5}, "num_steps = 32 .*segments = 5"), ({"segments": 0}, "segments = 0"),
     ({"solver": "rk4"}, "allowed: euler, heun"), ({"guidance": -1.0}, "guidance = -1"),
+    ({"guidance_interval": (0.9, 0.1)}, "guidance_interval"),
 ])
 def test_settings_that_do_not_go_together_are_refused(wrong, words):
     with pytest.raises(UserError, match=words):

@@ -31,9 +31,9 @@ class Tiny(Row):
             run_config.resolve(config), model=self.config.model, packing=self.config.packing,
             conditioning=self.config.conditioning)
 
-    def with_guidance(self, guidance):
-        return dataclasses.replace(
-            self.config, distill=dataclasses.replace(self.config.distill, guidance=guidance))
+    def with_guidance(self, guidance, interval=(0.0, 1.0)):
+        return dataclasses.replace(self.config, distill=dataclasses.replace(
+            self.config.distill, guidance=guidance, guidance_interval=interval))
 
     def with_blank(self, config):
         return distill.with_blank(config, jax.tree.map(np.asarray, self.batch), encode_bytes(None))
@@ -53,8 +53,8 @@ def test_single_steps_teach_the_teachers_velocity_and_its_guidance_alone(tiny, m
     monkeypatch.setattr(distill, "velocity", simple)
     teacher = {"slope": 0.7, "text": 0.3}
 
-    def loss(guidance, params):
-        config = tiny.with_guidance(guidance)
+    def loss(guidance, params, interval=(0.0, 1.0)):
+        config = tiny.with_guidance(guidance, interval)
         return distill.loss(config, tiny.model, tiny.std, params, tiny.with_blank(config),
                             jax.random.key(0), average={"slope": 9.0, "text": 9.0},
                             teacher=teacher)
@@ -65,6 +65,7 @@ def test_single_steps_teach_the_teachers_velocity_and_its_guidance_alone(tiny, m
     assert loss(1.0, {"slope": 0.8, "text": 0.3})[0] > 1e-4
     told = 0.3 * (np.asarray(tiny.batch["text_BM"]).sum() - 3) / 1000  # three clips with BOS alone
     np.testing.assert_allclose(loss(3.0, teacher)[0], (2 * told) ** 2, rtol=1e-4)
+    assert loss(3.0, teacher, (0.0, 0.0))[0] < 1e-9, "no time of a step lies in the interval"
 
 
 def test_jumps_over_several_steps_are_learned_from_the_average(tiny, monkeypatch):
