@@ -99,8 +99,8 @@ class SamplingConfig:
     guidance: float  # 1 = none
     seed: int
     rows: int  # rows sampled at once
-    # The defaults below are those of configs/base.py; they stand here too so that workdirs written
-    # before these fields can still be sampled.
+    # The defaults below are how runs were sampled before these fields came, so that their workdirs
+    # still are.
     sampler: str = "euler"  # of diffusion/solvers.py
     eta: float = 0.0  # of sampler "ddim": share of the ancestral noise
     grid: str = "flow"  # flow | karras | exponential

@@ -118,4 +118,6 @@ def test_a_run_from_before_these_settings_samples_as_it_did():
     for name in ("sampler", "eta", "grid", "guidance_interval", "guidance_rescale",
                  "negative_prompt"):
         del config["sampling"][name]
-    assert run_config.resolve(config) == run_config.resolve(base.get_config())
+    then = base.get_config()
+    then.sampling.update({"sampler": "euler", "guidance_interval": (0.0, 1.0)})
+    assert run_config.resolve(config) == run_config.resolve(then)
