@@ -227,7 +227,9 @@ def composed(editor: Editor, pixels_THWC, other_THWC, inside_THW, strength: floa
 def blended(editor: Editor, pixels_THWC, other_THWC, prompts: tuple[str, str],
             count: int) -> list[np.ndarray]:
     """`count` clips from one to the other: both are walked back to noise, and clips are made from
-    points on the arc between the two noises, after both prompts by the same shares."""
+    points on the arc between the two noises, after both prompts by the same shares. Fresh noise
+    on the way would lead elsewhere."""
+    editor = dataclasses.replace(editor, sampler=editor.sampler.without_fresh_noise())
     clips = pixels_THWC, other_THWC
     noises = editor.sampler.noises(editor.params, [
         Request(prompt, VideoSpec(*clip.shape[:3]), editor.fps, editor.seed,

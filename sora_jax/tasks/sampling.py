@@ -64,6 +64,17 @@ class Sampler:
         """latents_THWC of every request."""
         return list(self._packed(params, requests, self._walk).values())
 
+    def without_fresh_noise(self) -> "Sampler":
+        """Itself where a clip follows from the noise that it starts from alone; where the sampler
+        adds noise on the way, this one with Heun's steps."""
+        settings = self.settings
+        table = solvers.make_table(
+            settings.sampler, grids.flow_levels(np.linspace(1, 0, 3)), "flow", settings.eta)
+        if not samplers.is_stochastic(table):
+            return self
+        return dataclasses.replace(
+            self, settings=dataclasses.replace(settings, sampler="heun", eta=0.0))
+
     def noises(self, params, requests: list[Request]) -> list[np.ndarray]:
         """The noise (THWC) from which this model makes the source of every request's edit.
 

@@ -177,6 +177,21 @@ def test_inversion_finds_the_noise_of_a_clip_and_sampling_returns_to_it(tiny):
     assert np.abs(from_seed - x).mean() > 0.5
 
 
+def test_between_two_clips_no_fresh_noise_leads_away_from_them(tiny):
+    """The network of zeros again: the ends of an interpolation are the clips, by any sampler."""
+    sampler, params = tiny
+    ancestral = dataclasses.replace(sampler, settings=dataclasses.replace(
+        sampler.settings, sampler="ddpm", num_steps=48))
+    editor = Editor(ancestral, jax.tree.map(np.zeros_like, params), "", 8.0, seed=0,
+                    window_frames=9)
+    spec = ShapesSpec(sizes=((32, 32, 1.0),), frames=((9, 1.0),))
+    clips = [generate(1, index, spec).pixels_THWC for index in range(2)]
+    made = editing.blended(editor, *clips, ("", ""), 2)
+    for clip, end in zip(clips, made, strict=True):
+        assert np.abs(end.astype(float) - editing.reconstructed(editor, clip)).mean() < 3
+    assert sampler.without_fresh_noise() is sampler
+
+
 def test_a_second_prompt_counts_by_its_share(tiny):
     sampler, params = tiny
 
