@@ -2,10 +2,10 @@
 
 Command:  python -m sora_jax.train --config=configs/distill.py --config.init.weights=runs/base
 Before:   the teacher, python -m sora_jax.train --config=configs/base.py
-Time:     11 minutes on two CPU cores, other work beside it
-Result:   on 128 held-out prompts colour is right in 98 %, direction in 87 %, shape in 71 %, all
-          three in 65 %; of the teacher in 50 guided steps, a hundred calls, in 98, 89, 74 and
-          70 % (docs/results.md)
+Time:     9 minutes on two CPU cores, other work beside it
+Result:   on 128 held-out prompts colour is right in 98 %, direction in 89 %, shape in 78 %, all
+          three in 73 %; of the teacher in 50 Euler steps, up to a hundred calls, in 100, 93, 80 and
+          77 %, in 50 ancestral ones 81 % (docs/results.md)
 """
 
 import pathlib
