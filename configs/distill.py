@@ -1,4 +1,4 @@
-"""Four steps in the place of 32, with guidance built in: distills a run of configs/base.py.
+"""Four steps in the place of 16 or more, with guidance built in: distills a run of configs/base.py.
 
 Command:  python -m sora_jax.train --config=configs/distill.py --config.init.weights=runs/base
 Before:   the teacher, python -m sora_jax.train --config=configs/base.py
