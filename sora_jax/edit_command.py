@@ -33,6 +33,8 @@ flags.DEFINE_bool("draft", None, "A quick look: half of each side, 8 steps, the 
 flags.DEFINE_integer("variations", 1, "Number of results, with seeds --seed, --seed + 1, ...")
 flags.DEFINE_integer("window", None, "Frames sampled at once, 1 + 4k; default as in training.")
 flags.DEFINE_bool("paste", False, "What stays keeps its pixels instead of their reconstruction.")
+flags.DEFINE_integer(
+    "ways", None, f"Joins and loops are made so often, and the smoothest is taken; {editing.WAYS}.")
 flags.DEFINE_enum(
     "known", "auto", ("auto", "clean", "noised"),
     "How what stays is shown to the model; auto: clean where it was trained with conditions.")
@@ -80,6 +82,7 @@ class Ask:
     variations: int
     window: int | None
     paste: bool
+    ways: int | None
     known: str
 
     @property
@@ -95,6 +98,8 @@ def read_flags(values, frames, size, fps, seed) -> Ask:
     name = edit_of(given)
     if values.window is not None and name not in WINDOWED:
         raise UserError(f"--window={values.window} is of {_listed(WINDOWED)}; leave it out")
+    if values.ways is not None and name not in ("loop", "join"):
+        raise UserError(f"--ways={values.ways} is of {_listed(('loop', 'join'))}; leave it out")
     if values.paste and name not in KEEPING:
         raise UserError(f"--paste is of {_listed(KEEPING)}; leave it out")
     if values.strength is not None and not 0 <= values.strength <= 1:
@@ -102,11 +107,12 @@ def read_flags(values, frames, size, fps, seed) -> Ask:
                         "(it is ignored)")
     if values.interpolate is not None and values.interpolate < 2:
         raise UserError(f"--interpolate={values.interpolate} clips; at least 2 are needed")
-    for flag, value in (("variations", values.variations), ("frames", frames)):
+    for flag, value in (("variations", values.variations), ("frames", frames),
+                        ("ways", values.ways)):
         if value is not None and value < 1 and (flag, name) != ("frames", "sample"):
             raise UserError(f"--{flag}={value} must be at least 1")
     same = ("image", "video", "video_b", "mask", "extend", "strength", "interpolate", "variations",
-            "window", "paste", "known")
+            "window", "paste", "ways", "known")
     return Ask(edit=name, frames=frames, size=size, fps=fps, seed=seed,
                outpaint=_place(values.outpaint), **{each: getattr(values, each) for each in same})
 
@@ -170,7 +176,7 @@ def run(ask: Ask, config: RunConfig, sampler: Sampler, params, prompts: list[str
     for prompt in (prompts or [""])[: 1 if ask.edit == "interpolate" else None]:
         for variation in range(ask.variations):
             editor = Editor(sampler, params, prompt, inputs.fps, ask.seed + variation, window,
-                            ask.paste)
+                            ask.paste, ask.ways or editing.WAYS)
             if ask.edit == "interpolate":
                 made = _interpolate(editor, ask, inputs, prompts)
             else:

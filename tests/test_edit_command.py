@@ -16,6 +16,7 @@ from sora_jax import edit_command, run_config, sample
 from sora_jax.core.errors import UserError
 from sora_jax.data.decode import decode_video
 from sora_jax.data.encode import write_mp4
+from sora_jax.tasks import editing
 from sora_jax.tasks.contact_sheet import write_png
 from tests.tasks.test_editing import NEW, LosslessVAE
 
@@ -45,6 +46,9 @@ class MarkingSampler:
                 latents = np.where(known[..., None], request.edit.source_THWC, latents)
             out.append(self.vae.decode_normalized(latents[None])[0])
         return out
+
+    def without_fresh_noise(self):
+        return self
 
     def noises(self, params, requests):
         return [np.ones_like(request.edit.source_THWC) for request in requests]
@@ -128,9 +132,9 @@ def test_the_page_shows_every_edit(files):
 def test_the_way_back_of_a_loop_is_made_without_the_prompt_of_its_clip(files):
     run("--prompt='a red circle moves left' --loop --size=64x64 --frames=25", files)
     assert [request.prompt for _, request in MarkingSampler.asked] == [
-        "a red circle moves left", ""]
-    run("--video=a.mp4 --loop --prompt='a red circle'", files)
-    assert [request.prompt for _, request in MarkingSampler.asked] == ["a red circle"]
+        "a red circle moves left", *[""] * editing.WAYS]
+    run("--video=a.mp4 --loop --prompt='a red circle' --ways=2", files)
+    assert [request.prompt for _, request in MarkingSampler.asked] == ["a red circle"] * 2
 
 
 def test_inputs_are_decoded_as_for_training(files):
@@ -171,6 +175,8 @@ def test_what_stays_is_shown_clean_where_the_run_was_trained_so(files, capsys):
     ("--video=a.mp4 --loop --window=18", "near are 17 and 21"),
     ("--video=a.mp4 --strength=0.5 --window=17", "--window=17 is of"),
     ("--video=a.mp4 --strength=0.5 --paste", "--paste is of"),
+    ("--video=a.mp4 --strength=0.5 --ways=2", "--ways=2 is of"),
+    ("--video=a.mp4 --loop --ways=0", "--ways=0 must be at least 1"),
     ("--video=a.mp4 --loop --variations=0", "--variations=0 must be at least 1"),
     ("--prompt=a --interpolate=3", "takes two of --prompt, not 1"),
     ("--prompt=a --prompt=b --interpolate=1", "at least 2"),

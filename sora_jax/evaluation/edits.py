@@ -46,7 +46,7 @@ def edit_report(config: RunConfig, sampler: Sampler, params, workdir: str) -> di
         found = {}
         for i, clip in true_clips(config, sampler, workdir, shared_work.share()).items():
             editor = Editor(sampler, params, clip.prompt, clip.fps, config.evaluation.seed + i,
-                            window_frames=len(clip.pixels_THWC))
+                            window_frames=len(clip.pixels_THWC), ways=editing.WAYS)
             found[i] = clip_figures(editor, clip)
         return found
 

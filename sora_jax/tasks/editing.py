@@ -19,6 +19,8 @@ from sora_jax.tasks.sampling import Sampler
 
 DIRECTIONS = ("forward", "backward")
 WINDOW_SEEDS = 1_000_003  # between the seeds of the windows of one clip
+WAY_SEEDS = 1_000_033  # between those of the ways from one clip to another
+WAYS = 4  # that commands and evaluation try
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Editor:
 
     window_frames: 1 + k * time frames that are sampled at once. fps, prompt, seed: of the clip.
     paste: what stays has the given pixels; else their reconstruction by the VAE, as what is new.
+    ways: clips that are made between two ends, of which that with the smaller seams is taken.
     """
 
     sampler: Sampler
@@ -36,6 +39,7 @@ class Editor:
     seed: int
     window_frames: int
     paste: bool = False
+    ways: int = 1
 
     @property
     def time(self) -> int:
@@ -167,8 +171,9 @@ def _grown_backward(editor, clip, window):
 def bridge(editor: Editor, before_THWC, after_THWC, gap: int) -> np.ndarray:
     """`gap` frames that lead from the end of one clip to the beginning of another.
 
-    One window: the last frames of one, the gap, the first frames of the other. Raises UserError
-    where it has no room for them.
+    One window: the last frames of one, the gap, the first frames of the other; made editor.ways
+    times from other noise, of which the smoothest is taken. Raises UserError where the window has
+    no room for them.
     """
     time = editor.time
     room = editor.window_latents - gap // time
@@ -186,8 +191,18 @@ def bridge(editor: Editor, before_THWC, after_THWC, gap: int) -> np.ndarray:
     pixels_THWC = np.concatenate([
         before_THWC[-tail:], held(after_THWC[0], gap), after_THWC[: heads * time]])
     place = np.arange(len(pixels_THWC))
-    out = filled(editor, pixels_THWC, (place < tail) | (place >= tail + gap))
-    return out[tail : tail + gap]
+    edit = Edit(encoded(editor, pixels_THWC), known_tokens(editor, everywhere(
+        (place < tail) | (place >= tail + gap), pixels_THWC.shape[:3])))
+    outs = editor.sampler(editor.params, [
+        Request(editor.prompt, VideoSpec(*pixels_THWC.shape[:3]), editor.fps,
+                editor.seed + WAY_SEEDS * way, edit) for way in range(editor.ways)])
+    return min(outs, key=lambda out_THWC: seam(out_THWC, (tail, tail + gap)))[tail : tail + gap]
+
+
+def seam(pixels_THWC, places) -> float:
+    """The largest mean absolute change into one of the frames `places`."""
+    pixels_THWC = pixels_THWC.astype(np.float32)
+    return max(float(np.abs(pixels_THWC[at] - pixels_THWC[at - 1]).mean()) for at in places)
 
 
 def joined(editor: Editor, before_THWC, after_THWC, gap: int) -> np.ndarray:

@@ -120,6 +120,21 @@ def test_a_loop_leads_to_the_latents_of_its_first_frames(editor):
     np.testing.assert_array_equal(edit.source_THWC[1], editing.encoded(editor, pixels)[-1])
 
 
+@pytest.mark.parametrize("ways, taken", [(1, 40), (3, 140)])
+def test_of_several_ways_between_two_ends_the_smoothest_is_taken(editor, ways, taken):
+    greys = {0: 40, editing.WAY_SEEDS: 140, 2 * editing.WAY_SEEDS: 240}
+    ends = np.full((9, 32, 48, 3), 130, np.uint8)
+
+    def sampler(params, requests):
+        return [np.where(np.isin(np.arange(17), range(5, 13))[:, None, None, None],
+                         np.uint8(greys[request.seed]), np.uint8(130))
+                * np.ones((17, 32, 48, 3), np.uint8) for request in requests]
+
+    sampler.vae, sampler.model = editor.sampler.vae, editor.sampler.model
+    editor = dataclasses.replace(editor, sampler=sampler, ways=ways)
+    assert np.unique(editing.bridge(editor, ends, ends, 8)) == taken
+
+
 def test_outside_of_a_mask_nothing_changes_and_a_patch_is_kept_whole_or_not_at_all(editor):
     pixels, inside = clip(9), np.zeros((9, 32, 48), bool)
     inside[3, 17, 33] = True  # one pixel of latent frame 1, patch (1, 2)
