@@ -75,6 +75,7 @@ def first_stage(arg: str):
     )
     config.optim.optimizer = "muon"
     config.optim.muon_scale = 4.0
+    # as the shipped file was made
     config.optim.update({"muon_steps": 5, "muon_preconditioning": "frobenius"})
     config.optim.learning_rate = 1.5e-3
     config.optim.b2 = 0.99
