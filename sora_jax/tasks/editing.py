@@ -51,23 +51,19 @@ class Editor:
         return 1 + (self.window_frames - 1) // self.time
 
 
-def made(editor: Editor, pixels_THWC, edit: Edit, prompt: str | None = None, window: int = 0,
-         noise_THWC=None) -> np.ndarray:
-    """pixels_THWC of one sampled clip of the size and length of the given one.
-
-    window: its number in the clip, which changes the noise.
-    """
-    request = Request(
-        editor.prompt if prompt is None else prompt, VideoSpec(*pixels_THWC.shape[:3]), editor.fps,
-        editor.seed + WINDOW_SEEDS * window, edit, noise_THWC)
-    return editor.sampler(editor.params, [request])[0]
+def made(editor: Editor, pixels_THWC, edit: Edit, seeds=(0,)) -> list[np.ndarray]:
+    """Sampled clips of the size and length of the given one, by seeds counted from the editor's."""
+    return editor.sampler(editor.params, [
+        Request(editor.prompt, VideoSpec(*pixels_THWC.shape[:3]), editor.fps, editor.seed + seed,
+                edit) for seed in seeds])
 
 
 def filled(editor: Editor, pixels_THWC, kept, window: int = 0, strength: float = 1.0):
     """pixels_THWC with what is not kept made anew; kept: bool, (T,) or (T, H, W)."""
     kept_THW = everywhere(kept, pixels_THWC.shape[:3])
-    out = made(editor, pixels_THWC, Edit(
-        encoded(editor, pixels_THWC), known_tokens(editor, kept_THW), strength), window=window)
+    (out,) = made(editor, pixels_THWC, Edit(
+        encoded(editor, pixels_THWC), known_tokens(editor, kept_THW), strength),
+        [WINDOW_SEEDS * window])
     return np.where(kept_THW[..., None], pixels_THWC, out) if editor.paste else out
 
 
@@ -193,9 +189,7 @@ def bridge(editor: Editor, before_THWC, after_THWC, gap: int) -> np.ndarray:
     place = np.arange(len(pixels_THWC))
     edit = Edit(encoded(editor, pixels_THWC), known_tokens(editor, everywhere(
         (place < tail) | (place >= tail + gap), pixels_THWC.shape[:3])))
-    outs = editor.sampler(editor.params, [
-        Request(editor.prompt, VideoSpec(*pixels_THWC.shape[:3]), editor.fps,
-                editor.seed + WAY_SEEDS * way, edit) for way in range(editor.ways)])
+    outs = made(editor, pixels_THWC, edit, [WAY_SEEDS * way for way in range(editor.ways)])
     return min(outs, key=lambda out_THWC: seam(out_THWC, (tail, tail + gap)))[tail : tail + gap]
 
 
@@ -225,7 +219,7 @@ def restyled(editor: Editor, pixels_THWC, strength: float) -> np.ndarray:
 
     Source: SDEdit, arXiv 2108.01073.
     """
-    return made(editor, pixels_THWC, Edit(encoded(editor, pixels_THWC), None, strength))
+    return made(editor, pixels_THWC, Edit(encoded(editor, pixels_THWC), None, strength))[0]
 
 
 def composed(editor: Editor, pixels_THWC, other_THWC, inside_THW, strength: float) -> np.ndarray:
@@ -236,7 +230,7 @@ def composed(editor: Editor, pixels_THWC, other_THWC, inside_THW, strength: floa
         outside = np.repeat(outside, side, axis=axis)
     source = np.where(outside[..., None], encoded(editor, pixels_THWC),
                       encoded(editor, other_THWC))
-    return made(editor, pixels_THWC, Edit(source, None, strength))
+    return made(editor, pixels_THWC, Edit(source, None, strength))[0]
 
 
 def blended(editor: Editor, pixels_THWC, other_THWC, prompts: tuple[str, str],

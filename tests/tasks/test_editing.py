@@ -158,7 +158,8 @@ def test_outpainting_keeps_the_clip_where_it_was_put(editor):
 
 def test_a_composition_starts_from_the_other_clip_inside_the_mask(editor, monkeypatch):
     edits = []
-    monkeypatch.setattr(editing, "made", lambda editor, pixels, edit: edits.append(edit))
+    monkeypatch.setattr(
+        editing, "made", lambda editor, pixels, edit: edits.append(edit) or [pixels])
     inside = np.zeros((5, 32, 48), bool)
     inside[:, :16] = True
     editing.composed(editor, clip(5), clip(5, seed=1), inside, 0.6)
