@@ -1,16 +1,33 @@
 """Diffusion times: how training draws them and how size shifts them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import ndtri
+
+_GOLDEN = 2654435769  # the golden ratio's fraction of 2**32
 
 
-def logit_normal(key, shape, mean: float, std: float):
-    """Times in (0, 1) whose logit is normal. Source: SD3, arXiv 2403.03206, eq. 19."""
-    return logit_normal_of(jax.random.normal(key, shape), mean, std)
+def spread_normal(key, shape):
+    """Standard normals of which those of one draw are as far apart as they can be: u_0 + k times
+    the golden ratio, modulo 1, through the inverse of the normal's distribution.
+
+    Each alone is distributed as an independent one is; a batch of them has about the same share
+    of every range of times, so its loss depends less on which times were drawn.
+    Source: Kingma et al. 2021, "Variational diffusion models", arXiv 2107.00630, appendix I.1, with
+    Weyl's sequence, which needs no number of clips.
+    """
+    places = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    bits = jax.random.bits(key) + places * jnp.uint32(_GOLDEN)
+    return ndtri(((bits >> 8).astype(jnp.float32) + 0.5) / 2**24)
 
 
-def logit_normal_of(normal, mean: float, std: float):
-    """The logit-normal times that standard normals make."""
+def logit_normal(normal, mean: float, std: float):
+    """Times in (0, 1) whose logits are standard normals, moved and stretched.
+
+    Source: SD3, arXiv 2403.03206, eq. 19.
+    """
     return jax.nn.sigmoid(mean + std * normal)
 
 

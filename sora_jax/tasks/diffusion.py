@@ -165,11 +165,10 @@ def loss(config: RunConfig, model: Transformer, data_std, params, batch: dict, k
 
 def draw(config: RunConfig, batch: dict, key) -> dict:
     """The batch with what its loss draws: time_BS of its clips and noise_BND."""
+    normal_BS = times.spread_normal(stream(key, "time"), batch["clip_BSF"].shape[:2])
     time_BS = times.shift(
         times.logit_normal(
-            stream(key, "time"), batch["clip_BSF"].shape[:2], config.diffusion.time_mean,
-            config.diffusion.time_std
-        ),
+            normal_BS, config.diffusion.time_mean, config.diffusion.time_std),
         clip_shift(batch, config.diffusion),
     )
     noise_BND = draw_noise(batch, stream(key, "noise"))
@@ -189,7 +188,7 @@ def num_learned(scalars: dict):
 def token_times(batch: dict, time_BS, diffusion: DiffusionConfig):
     """Time (B, N) of every token: 0 where it is known, its frame's own or else its clip's."""
     own_BN = times.shift(
-        times.logit_normal_of(
+        times.logit_normal(
             batch["time_normal_BN"], diffusion.time_mean, diffusion.time_std),
         by_segment(clip_shift(batch, diffusion)[..., None], batch["segment_BN"])[..., 0],
     )

@@ -45,9 +45,24 @@ def test_the_size_shift_grows_with_the_root_of_the_tokens_and_is_at_least_one():
 
 
 def test_logit_normal_times_have_the_asked_logit():
-    t = times.logit_normal(jax.random.key(0), (20_000,), 0.5, 1.2)
+    t = times.logit_normal(times.spread_normal(jax.random.key(0), (20_000,)), 0.5, 1.2)
     logit = jnp.log(t / (1 - t))
     np.testing.assert_allclose([logit.mean(), logit.std()], [0.5, 1.2], atol=0.03)
+
+
+def test_times_of_one_draw_are_spread_and_each_alone_is_normal():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    normal_KBS = np.asarray(jax.vmap(lambda key: times.spread_normal(key, (8, 16)))(keys))
+    share_KBS = np.asarray(jax.scipy.stats.norm.cdf(normal_KBS))
+    for row, place in ((0, 0), (3, 5), (7, 15)):
+        np.testing.assert_allclose(
+            np.sort(share_KBS[:, row, place]), np.linspace(0, 1, 2000), atol=0.05)
+    # six clips a row, as packing leaves them: independent draws in a tenth vary by 2.1
+    share_KN = share_KBS[:, :, :6].reshape(2000, -1)
+    for low in np.arange(10) / 10:
+        counts_K = ((low <= share_KN) & (share_KN < low + 0.1)).sum(1)
+        np.testing.assert_allclose(counts_K.mean(), 4.8, atol=0.1)
+        assert counts_K.std() < 0.8
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])
