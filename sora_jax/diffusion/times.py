@@ -15,12 +15,12 @@ def spread_normal(key, shape):
 
     Each alone is distributed as an independent one is; a batch of them has about the same share
     of every range of times, so its loss depends less on which times were drawn.
-    Source: Kingma et al. 2021, "Variational diffusion models", arXiv 2107.00630, appendix I.1, with
-    Weyl's sequence, which needs no number of clips.
+    Source: the low-discrepancy sampler of Kingma et al. 2021, "Variational diffusion models", arXiv
+    2107.00630, with Weyl's sequence, which needs no number of clips.
     """
     places = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
     bits = jax.random.bits(key) + places * jnp.uint32(_GOLDEN)
-    return ndtri(((bits >> 8).astype(jnp.float32) + 0.5) / 2**24)
+    return ndtri(((bits >> 9).astype(jnp.float32) + 0.5) / 2**23)  # exact: never 0 or 1
 
 
 def logit_normal(normal, mean: float, std: float):

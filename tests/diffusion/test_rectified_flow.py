@@ -65,6 +65,13 @@ def test_times_of_one_draw_are_spread_and_each_alone_is_normal():
         assert counts_K.std() < 0.8
 
 
+@pytest.mark.parametrize("bits", [0, 2**32 - 1])
+def test_the_ends_of_a_draw_are_times_between_data_and_noise(monkeypatch, bits):
+    monkeypatch.setattr(jax.random, "bits", lambda key: jnp.uint32(bits))
+    (t,) = times.logit_normal(times.spread_normal(None, (1,)), 0.0, 1.0)
+    assert 0 < t < 1
+
+
 @pytest.mark.parametrize("weight", [1.0, 2.0])
 def test_the_loss_of_a_clip_is_the_mean_over_its_own_tokens(weight):
     member = np.zeros((1, 5, 3), np.float32)
