@@ -21,6 +21,9 @@ from sora_jax.core.errors import UserError
 MAX_PIXELS = 2**25
 """Pixels of one frame: 7680x4320 just passes."""
 
+# Names and tags that are no UTF-8 are no reason to refuse a video. PyAV 19 never does; 18 is told.
+_LENIENT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+
 
 class DecodeError(UserError):
     """A file that cannot be decoded as asked; `reason` is the message without the file's name."""
@@ -106,8 +109,7 @@ def open_video(data, *, name: str | None = None, max_pixels: int = MAX_PIXELS,
         source = open_regular(data)
     with source, explained(name):
         # No protocol is allowed: FFmpeg sees only the bytes that Python hands it.
-        container = av.open(source, metadata_errors="replace",
-                            container_options={"protocol_whitelist": "none"})
+        container = av.open(source, container_options={"protocol_whitelist": "none"}, **_LENIENT)
         with container:
             stream = _best_stream(name, container)
             _check_pixels(name, stream.width, stream.height, max_pixels)

@@ -20,11 +20,13 @@ def moving_square(num_frames=40, height=48, width=64, side=12):
 
 def write_clip(pixels_THWC, *, codec="libx264", container="mp4", pixel_format="yuv420p", fps=10,
                stamps=None, time_base=None, options=None, aspect=None, matrix=None, prepare=None,
-               crf="4"):
+               crf="4", title=None):
     """Container bytes. stamps: of the frames in time_base. prepare(frame) may change a frame."""
     target = io.BytesIO()
     time_base = time_base or Fraction(1, fps)
     with av.open(target, "w", format=container) as output:
+        if title is not None:
+            output.metadata["title"] = title
         stream = output.add_stream(codec, rate=fps, options=options or (
             {"crf": crf, "preset": "ultrafast", "bf": "2"} if codec == "libx264" else {}))
         stream.height, stream.width = pixels_THWC.shape[1:3]

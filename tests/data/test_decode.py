@@ -286,6 +286,14 @@ def test_the_largest_moving_stream_is_chosen():
     assert decode_video(target.getvalue()).pixels_THWC.shape == (3, 48, 64, 3)
 
 
+def test_a_title_that_is_no_utf_8_is_no_reason_to_refuse_a_video():
+    data = write_clip(moving_square(5), title="a title as it was", container="matroska")
+    damaged = data.replace(b"a title as it was", b"\xff\xfe title as it \xe9s")
+    assert damaged != data and len(damaged) == len(data)
+    np.testing.assert_array_equal(
+        decode_video(damaged).pixels_THWC, decode_video(data).pixels_THWC)
+
+
 def test_guards_name_their_limit(long_mp4):
     data, _ = long_mp4
     for guard, words in ((dict(max_pixels=48 * 64 - 1), "64x48.*max_pixels"),
