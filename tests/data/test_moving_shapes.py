@@ -15,7 +15,7 @@ import pytest
 
 from sora_jax.core.errors import UserError
 from sora_jax.data.decode import decode_video
-from sora_jax.data.moving_shapes import builder
+from sora_jax.data.moving_shapes import builder, examples
 from sora_jax.data.moving_shapes.captions import (
     Fact,
     long_caption,
@@ -307,7 +307,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_dataset(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(builder, "encode_video", full)
+    monkeypatch.setattr(examples, "encode_video", full)
     with pytest.raises(UserError, match="no space left"):
         builder.prepare(tmp_path, **SMALL)
     assert not list(tmp_path.rglob("*.0.0")) and not list(tmp_path.rglob("*.array_record*"))
@@ -315,15 +315,15 @@ def test_a_full_disk_is_one_line_and_leaves_no_dataset(tmp_path, monkeypatch):
 
 KILLED_AT_THE_FOURTH_CLIP = """
 import os, signal, sys
-from sora_jax.data.moving_shapes import builder
+from sora_jax.data.moving_shapes import builder, examples
 from tests.data.test_moving_shapes import SMALL
-encode, calls = builder.encode_video, []
+encode, calls = examples.encode_video, []
 def deadly(*arguments):
     calls.append(1)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(*arguments)
-builder.encode_video = deadly
+examples.encode_video = deadly
 builder.prepare(sys.argv[1], **SMALL)
 """
 
@@ -336,6 +336,29 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path):
     directory = builder.prepare(tmp_path, **SMALL)
     assert len(open_source(str(directory), "train")) == 6
     assert not list(tmp_path.rglob("*incomplete*"))
+
+
+def test_several_processes_draw_what_one_draws_in_the_same_order():
+    spec, indices = SMALL["spec"], range(3, 10)
+    alone = list(examples.examples(5, spec, indices, num_children=0))
+    assert [name for name, _ in alone] == [f"train-{index:06d}" for index in indices]
+    assert list(examples.examples(5, spec, indices, num_children=3)) == alone
+
+
+def test_a_process_that_dies_drawing_ends_the_dataset_and_the_others(monkeypatch):
+    children, popen = [], subprocess.Popen
+
+    def start(*arguments, **options):
+        children.append(popen(*arguments, **options))
+        return children[-1]
+
+    monkeypatch.setattr(examples.subprocess, "Popen", start)
+    clips = examples.examples(5, SMALL["spec"], range(1000), num_children=2)
+    next(clips)
+    children[1].kill()
+    with pytest.raises(RuntimeError, match="ended with exit status -9"):
+        list(clips)
+    assert all(child.returncode is not None for child in children)
 
 
 @pytest.mark.parametrize("change, words", [

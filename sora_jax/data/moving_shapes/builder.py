@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import pathlib
@@ -17,12 +18,11 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from sora_jax.core.disk import reports_full_disk, write_whole
 from sora_jax.core.errors import UserError
-from sora_jax.data.encode import encode_video
-from sora_jax.data.moving_shapes.world import WORLD_VERSION, ShapesSpec, generate
-from sora_jax.data.records import make_example, record_features
+from sora_jax.data.moving_shapes.examples import CODEC, examples
+from sora_jax.data.moving_shapes.world import WORLD_VERSION, ShapesSpec
+from sora_jax.data.records import record_features
 
 SPLITS = ("train", "held_out")
-CODEC = "qtrle"
 MANIFEST = "manifest.json"
 _CLIPS_PER_SHARD = 2048
 
@@ -55,28 +55,14 @@ class MovingShapes(tfds.core.ShardBasedBuilder):
     def _shard_iterators_per_split(self, dl_manager):
         config = self.builder_config
         counts = {"train": config.num_train, "held_out": config.num_held_out}
-        return {
-            split: [
-                functools.partial(_examples, config.seed, split, config.spec,
-                                  range(first, min(first + _CLIPS_PER_SHARD, count)))
-                for first in range(0, count, _CLIPS_PER_SHARD)
-            ]
-            for split, count in counts.items()
-        }
+        return {split: self._shards(split, count) for split, count in counts.items()}
 
-
-def _examples(seed, split, spec, indices):
-    """(key, example) of each clip; the record's metadata is the clip's state."""
-    spec = dataclasses.replace(spec, split=split)
-    for index in indices:
-        clip = generate(seed, index, spec)
-        num_frames, height, width, _ = clip.pixels_THWC.shape
-        name = f"{split}-{index:06d}"
-        yield name, make_example(
-            name, encode_video(clip.pixels_THWC, clip.fps, CODEC),
-            (clip.short_caption, clip.long_caption), clip.state,
-            num_frames=num_frames, height=height, width=width, fps=clip.fps,
-        )
+    def _shards(self, split, count):
+        """Functions that give the examples of each shard; they are called once, in their order."""
+        config = self.builder_config
+        clips = examples(config.seed, dataclasses.replace(config.spec, split=split), range(count))
+        return [functools.partial(itertools.islice, clips, min(_CLIPS_PER_SHARD, count - first))
+                for first in range(0, count, _CLIPS_PER_SHARD)]
 
 
 def prepare(data_dir, *, seed: int = 0, num_train: int = 6000, num_held_out: int = 512,
