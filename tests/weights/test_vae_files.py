@@ -167,3 +167,15 @@ def test_the_shipped_vae_is_small_and_keeps_what_clips_of_its_world_show():
     kept = [match_clip(pixels_THWC, clip.short_caption).all
             for pixels_THWC, clip in zip(again_BTHWC, clips, strict=True)]
     assert sum(kept) >= 7, kept
+
+
+@pytest.mark.parametrize("flags, level", [("--a=1", {"xla_backend_optimization_level": 2}),
+                                          ("--xla_backend_optimization_level=1", None)])
+def test_programs_on_cpus_are_compiled_at_the_level_of_xla_flags_or_at_2(
+        monkeypatch, flags, level):
+    asked = []
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(
+        vae_files.jax, "jit", lambda *_, compiler_options, **__: asked.append(compiler_options))
+    vae_files._programs.__wrapped__()
+    assert asked == [level, level]
