@@ -348,11 +348,11 @@ def test_several_processes_draw_what_one_draws_in_the_same_order():
 def test_a_process_that_dies_drawing_ends_the_dataset_and_the_others(monkeypatch):
     children, popen = [], subprocess.Popen
 
-    def start(*arguments, **options):
+    def kept(*arguments, **options):
         children.append(popen(*arguments, **options))
         return children[-1]
 
-    monkeypatch.setattr(examples.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", kept)
     clips = examples.examples(5, SMALL["spec"], range(1000), num_children=2)
     next(clips)
     children[1].kill()

@@ -7,12 +7,11 @@ the children, and no more are drawn ahead than a pipe holds.
 
 import contextlib
 import os
-import pathlib
 import pickle
 import signal
-import subprocess
 import sys
 
+from sora_jax.core.child import start
 from sora_jax.data.encode import encode_video
 from sora_jax.data.moving_shapes.world import ShapesSpec, generate
 from sora_jax.data.records import make_example
@@ -25,8 +24,8 @@ CLIPS_FOR_A_CHILD = 256  # fewer are drawn sooner than it starts
 def examples(seed: int, spec: ShapesSpec, indices: range, num_children: int | None = None):
     """(key, example) of each clip, in order; the record's metadata is the clip's state.
 
-    num_children: processes that draw; None: one for each core where there are clips enough, 0:
-    this one. Raises RuntimeError where one of them dies.
+    num_children: processes that draw; None: one for each core where there are clips enough; below
+    2 it is this one. Raises RuntimeError where one of them dies.
     """
     if num_children is None:
         num_children = min(os.cpu_count(), MAX_CHILDREN, len(indices) // CLIPS_FOR_A_CHILD)
@@ -62,12 +61,7 @@ def _drawn_by_children(seed, spec, indices, num_children):
 
 @contextlib.contextmanager
 def _child(seed, spec, indices):
-    root = pathlib.Path(__file__).resolve().parents[3]
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "sora_jax.data.moving_shapes.examples"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"})
+    child = start("sora_jax.data.moving_shapes.examples")
     try:
         with child.stdin:
             pickle.dump((seed, spec, indices), child.stdin)

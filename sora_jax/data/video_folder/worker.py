@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 
+from sora_jax.core.child import start
 from sora_jax.data.open_video import DecodeError
 from sora_jax.data.video_folder.check import OUT_OF_MEMORY, Checked, check_file
 from sora_jax.data.video_folder.options import FolderOptions
@@ -73,13 +74,9 @@ class _Child:
     """A child process; close it."""
 
     def __init__(self, memory_bytes):
-        root = pathlib.Path(__file__).resolve().parents[3]
-        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "sora_jax.data.video_folder.worker", str(memory_bytes)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths),
-                 "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
+        self._process = start(
+            "sora_jax.data.video_folder.worker", str(memory_bytes), stderr=subprocess.DEVNULL,
+            bufsize=0)
         self._extra_seconds = START_SECONDS
         self.alive = True
 
