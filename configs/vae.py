@@ -27,6 +27,7 @@ def get_config(arg: str = ""):
     config.init.weights = "runs/vae_runlocal" if small else "runs/vae"
     config.vae_loss.objects_weight = 0.0  # which pulls at the encoder
     config.vae_loss.latent_noise = 0.6
+    config.vae_loss.temporal_weight = 1.0  # outlines move, backgrounds do not
     if not small:
         config.num_steps = 6500
         # Small shapes are what it loses first; frame 0 of a clip is drawn as a still image is.

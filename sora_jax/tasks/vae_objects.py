@@ -3,7 +3,7 @@
 A reconstruction leaves open in which numbers a latent holds an outline, and training finds values
 of pixels in another basis: the same shape a pixel further on is quite another latent, and a
 diffusion model has to learn to draw. Here the latents around an object hold coordinates instead:
-how far its centre is, how large it is, which way it goes, its kind and its colour. They change
+how far its centre is, how large it is, how far it goes, its kind and its colour. They change
 slowly and linearly over latents and frames, the mean of two of them is a third, and the decoder
 learns to draw, once. The rest of the channels is left to the reconstruction.
 
@@ -23,14 +23,14 @@ from sora_jax.data.moving_shapes import objects
 from sora_jax.run_config import RunConfig
 
 # Channels of the field, with the factor that gives each a standard deviation of about 1: the
-# window, the offset (x, y), the logarithm of the radius, the motion (x, y), kind and chroma.
-GAINS = np.array([3.5, 4.3, 4.3, 3.8, 6.3, 6.3, 5, 5, 5, 10, 10, 10], np.float32)
+# window, the offset (x, y), the logarithm of the radius, the way from a latent's first frame to its
+# last (x, y), kind and chroma.
+GAINS = np.array([3.5, 4.3, 4.3, 3.8, 9, 9, 5, 5, 5, 10, 10, 10], np.float32)
 CHANNELS = len(GAINS)
 WINDOW_MEAN = 0.3  # over the latents of usual clips
 _WINDOW = 0.9  # standard deviation of the window over the radius; one latent at least
 _TURN = 3.0  # power of the windows by which objects share a latent
 _NEVER = -1e9
-_SLOW = 0.5  # pixels per frame: a motion as fast as this gives half of its direction
 
 
 def used(config: RunConfig) -> bool:
@@ -77,19 +77,17 @@ def field(objects_BOTK, compression: Compression, height: int, width: int):
     clips, most, frames, _ = centre_BOT2.shape
     later_BOTt2 = centre_BOT2[:, :, 1:].reshape(clips, most, frames // time, time, 2)
     centre_BOT2 = jnp.concatenate([centre_BOT2[:, :, :1], later_BOTt2.mean(3)], axis=2)
-    # Frame 0 has no motion yet: the encoder sees nothing after it.
-    motion_BOT2 = (later_BOTt2[..., -1, :] - later_BOTt2[..., 0, :]) / max(time - 1, 1)
-    motion_BOT2 = jnp.pad(motion_BOT2, ((0, 0), (0, 0), (1, 0), (0, 0)))
-    speed_BOT1 = jnp.linalg.norm(motion_BOT2, axis=-1, keepdims=True)
-    motion_BOT2 = motion_BOT2 / (speed_BOT1 + _SLOW)
 
     facts_BOTK = objects_BOTK[:, :, ::time]
     radius_BOT = jnp.maximum(facts_BOTK[..., objects.RADIUS], 1)
-    reach_BOT11 = jnp.maximum(_WINDOW * radius_BOT, space)[..., None, None]
+    reach_BOT = jnp.maximum(_WINDOW * radius_BOT, space)
+    # Frame 0 has no motion yet: the encoder sees nothing after it.
+    motion_BOT2 = later_BOTt2[..., -1, :] - later_BOTt2[..., 0, :]
+    motion_BOT2 = jnp.pad(motion_BOT2, ((0, 0), (0, 0), (1, 0), (0, 0))) / reach_BOT[..., None]
     places = [space * (jnp.arange(count) + 0.5) for count in (width, height)]
     x_BOTHW, y_BOTHW = jnp.broadcast_arrays(
-        (centre_BOT2[..., 0, None, None] - places[0]) / reach_BOT11,
-        (centre_BOT2[..., 1, None, None] - places[1][:, None]) / reach_BOT11)
+        (centre_BOT2[..., 0, None, None] - places[0]) / reach_BOT[..., None, None],
+        (centre_BOT2[..., 1, None, None] - places[1][:, None]) / reach_BOT[..., None, None])
     far_BOTHW = 0.5 * (jnp.square(x_BOTHW) + jnp.square(y_BOTHW))
     here_BOT11 = facts_BOTK[..., objects.HERE, None, None]
     share_BOTHW = jax.nn.softmax(jnp.where(here_BOT11 > 0, -_TURN * far_BOTHW, _NEVER), axis=1)

@@ -46,14 +46,20 @@ def test_latents_say_how_far_the_centre_is_and_the_nearest_says_it_loudest():
     np.testing.assert_allclose(offset_HW2[0, 2], [0, 2], atol=1e-5)
 
 
-def test_motion_is_a_direction_that_frame_0_cannot_know():
-    x_T = 20 + 1.5 * np.arange(5)
-    moving, still = field_of(thing(x_T, 0 * x_T + 20)), field_of(thing(0 * x_T + 20, 0 * x_T + 20))
-    window_HW = moving[1, ..., 0]
-    np.testing.assert_allclose(
-        moving[1, ..., 4:6] / window_HW[..., None], np.broadcast_to([0.75, 0], (6, 6, 2)),
-        atol=1e-4)
-    assert not moving[0, ..., 4:6].any() and not still[..., 4:6].any()
+def test_motion_is_the_way_within_a_latent_in_the_unit_of_offsets_and_frame_0_cannot_know_it():
+    """So a decoder can place each of a latent's frames, quick ones as exactly as slow ones."""
+    still = field_of(thing(np.full(5, 20.0), np.full(5, 20.0)))
+    for pixels_per_frame in (0.5, 1.5, 3.0):
+        x_T = 20 + pixels_per_frame * np.arange(5)
+        moving = field_of(thing(x_T, 0 * x_T + 20))
+        away = (moving[1] / moving[1, ..., :1])[..., 1:3] - (still[1] / still[1, ..., :1])[..., 1:3]
+        motion_HW2 = moving[1, ..., 4:6] / moving[1, ..., :1]
+        # Three of its four frames apart; its mean is 2.5 frames from where the still one stays.
+        np.testing.assert_allclose(motion_HW2, away * 3 / 2.5, atol=1e-3)
+        np.testing.assert_allclose(
+            motion_HW2, np.broadcast_to([3 * pixels_per_frame / 8, 0], (6, 6, 2)), atol=1e-3)
+        assert not moving[0, ..., 4:6].any()
+    assert not still[..., 4:6].any()
 
 
 def test_kinds_are_equally_far_apart():
