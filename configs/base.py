@@ -214,6 +214,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "patch_frames": 1,
         "context_blocks": (0, 0),
         "context_width": 24,
+        "frame_width": 0,
         "out_width": 0,
         "residual": True,
         "block_shortcut": True,

@@ -55,7 +55,8 @@ def first_stage(arg: str):
     config.vae.num_res_blocks = 0
     # Words and outlines are matters of whole shapes, which cover several latents.
     config.vae.context_blocks = (3, 4)
-    config.vae.out_width = 384
+    config.vae.frame_width = 96
+    config.vae.out_width = 512
     config.vae_loss.reconstruction = "l2"  # outlines before the grain of backgrounds
     config.vae_loss.kl_weight = 2e-6
     # Latents that hold, through noise, the coordinates a diffusion model has to decide.
@@ -92,6 +93,7 @@ def first_stage(arg: str):
         config.data.num_train_clips = 96
         config.vae.encoder_dims = (32,)
         config.vae.decoder_dims = (32,)
+        config.vae.frame_width = 16
         config.vae.out_width = 32
         config.pixels.sizes = (
             {"frames": 1, "height": 32, "width": 32, "weight": 0.3, "batch": 8},

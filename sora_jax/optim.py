@@ -27,7 +27,7 @@ NOT_DECAYED = re.compile(r"norm|embedding|position|table|(^|/)(bias|scale|gamma|
 # Matrices inside the stacked layers of the transformer, and of the blocks of a VAE of blocks;
 # modulation, embeddings and what touches pixels or latents are AdamW's.
 MUON_MATRICES = re.compile(r"blocks/.*(qkv|out|near_in|cross_q|cross_kv|mlp_in|mlp_out)/kernel"
-                           r"|coder/(context|block)_\d+/.*kernel|coder/widen/kernel")
+                           r"|coder/(context|block)_\d+/.*kernel|coder/(widen|frames/\w+)/kernel")
 
 
 @dataclasses.dataclass(frozen=True)

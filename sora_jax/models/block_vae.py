@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sora_jax.models.causal_conv import CausalConv
-from sora_jax.models.vae_blocks import NormKind, ResidualBlock
-from sora_jax.models.vae_blocks_linear import LatentsToBlocks, fold_blocks
+from sora_jax.models.vae_blocks import NormKind, ResidualBlock, unfold_pixels
+from sora_jax.models.vae_blocks_linear import LatentsToFrames, fold_blocks
 
 if TYPE_CHECKING:
     from sora_jax.models.video_vae import VideoVAEConfig
@@ -82,7 +82,7 @@ class BlockEncoder(nn.Module):
 
 
 class BlockDecoder(nn.Module):
-    """Latents -> pixels, or what `LatentsToBlocks` misses of them."""
+    """Latents -> pixels, or what a linear map of each latent misses of them."""
 
     config: VideoVAEConfig
     out_scale: float
@@ -90,14 +90,23 @@ class BlockDecoder(nn.Module):
     @nn.compact
     def __call__(self, latents_BTHWC, first: bool = True):
         config, (width,) = self.config, self.config.decoder_dims
+        point = dict(kernel_size=(1, 1, 1), product_dtype=config.product_dtype)
         x_BTHWC = CausalConv(width, config.latent_kernel, name="conv_in",
                              product_dtype=config.product_dtype)(latents_BTHWC)
         x_BTHWC = in_context(config, x_BTHWC, config.context_blocks[1])
         x_BTHWC = refined(config, x_BTHWC, config.num_res_blocks + 1)
+        if config.frame_width:
+            x_BTHWC = LatentsToFrames(config.compression, config.frame_width, name="frames",
+                                      product_dtype=config.product_dtype)(x_BTHWC, first)
         if config.out_width:
-            more_BTHWC = CausalConv(config.out_width, (1, 1, 1), name="widen",
-                                    product_dtype=config.product_dtype)(x_BTHWC)
+            more_BTHWC = CausalConv(config.out_width, name="widen", **point)(x_BTHWC)
             x_BTHWC = jnp.concatenate([x_BTHWC, nn.silu(more_BTHWC)], axis=-1)
-        return LatentsToBlocks(
-            config.compression, config.in_channels, self.out_scale, config.product_dtype,
-            name="out")(x_BTHWC, first)
+        channels = config.in_channels * config.compression.space**2
+        if config.frame_width:
+            pixels_BTHWC = CausalConv(
+                channels, name="out", init_scale=self.out_scale, **point)(x_BTHWC)
+        else:
+            pixels_BTHWC = LatentsToFrames(
+                config.compression, channels, self.out_scale, config.product_dtype, name="out",
+            )(x_BTHWC, first)
+        return unfold_pixels(pixels_BTHWC, config.compression.space)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from sora_jax.core.shapes import Compression
 from sora_jax.models.causal_conv import CausalConv
-from sora_jax.models.vae_blocks import fold_pixels, unfold_pixels
+from sora_jax.models.vae_blocks import fold_pixels
 
 
 def fold_blocks(pixels_BTHWC, compression: Compression, first: bool = True):
@@ -41,29 +41,26 @@ class BlocksToLatents(nn.Module):
         return jnp.concatenate(parts, axis=1)
 
 
-class LatentsToBlocks(nn.Module):
-    """A linear map of every latent to the block of pixels it covers; frame 0 has its own."""
+class LatentsToFrames(nn.Module):
+    """A linear map of every latent to `features` numbers for each of its frames; frame 0 has its
+    own: (B, T', H, W, C) -> (B, T, H, W, features) at the latents' height and width."""
 
     compression: Compression
     features: int
-    """Channels of a pixel."""
-    init_scale: float = 0.1
+    init_scale: float = 1.0
     product_dtype: str | None = None
 
     @nn.compact
     def __call__(self, latents_BTHWC, first: bool = True):
-        time, space = self.compression.time, self.compression.space
-        channels = self.features * space**2
-        parts = []
+        time, parts = self.compression.time, []
+        point = dict(kernel_size=(1, 1, 1), init_scale=self.init_scale,
+                     product_dtype=self.product_dtype)
         if first:
-            to_first = CausalConv(channels, (1, 1, 1), init_scale=self.init_scale,
-                                  product_dtype=self.product_dtype, name="first")
-            parts.append(to_first(latents_BTHWC[:, :1]))
+            parts.append(CausalConv(self.features, name="first", **point)(latents_BTHWC[:, :1]))
         if latents_BTHWC.shape[1] > first:
-            y = CausalConv(
-                time * channels, (1, 1, 1), init_scale=self.init_scale,
-                product_dtype=self.product_dtype, name="later")(latents_BTHWC[:, first:])
+            y = CausalConv(time * self.features, name="later", **point)(latents_BTHWC[:, first:])
             rows, frames, height, width, _ = y.shape
-            y = y.reshape(rows, frames, height, width, time, channels).transpose(0, 1, 4, 2, 3, 5)
-            parts.append(y.reshape(rows, frames * time, height, width, channels))
-        return unfold_pixels(jnp.concatenate(parts, axis=1), space)
+            y = y.reshape(rows, frames, height, width, time, self.features)
+            parts.append(y.transpose(0, 1, 4, 2, 3, 5).reshape(
+                rows, frames * time, height, width, self.features))
+        return jnp.concatenate(parts, axis=1)

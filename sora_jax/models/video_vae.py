@@ -30,7 +30,7 @@ from sora_jax.models.vae_blocks import (
     repeated,
     unfold_pixels,
 )
-from sora_jax.models.vae_blocks_linear import BlocksToLatents, LatentsToBlocks
+from sora_jax.models.vae_blocks_linear import BlocksToLatents, LatentsToFrames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,10 @@ class VideoVAEConfig:
     """Blocks of the encoder and of the decoder of the VAE of blocks that see the latents around."""
     context_width: int = 24
     """Channels in which they see them."""
+    frame_width: int = 0
+    """Features that the decoder of the VAE of blocks makes for each frame of a latent by a linear
+    map; one network then draws every frame from its own. Where a thing is in a frame is linear in
+    its place and motion, and it is drawn alike wherever it is. 0: a latent's frames at once."""
     out_width: int = 0
     """Features that the decoder of the VAE of blocks makes of its last ones, beside them, for the
     linear map to pixels: an edge may lie in a block in more ways than the decoder has channels."""
@@ -124,9 +128,10 @@ class VideoVAEConfig:
             raise UserError(
                 f"vae context_blocks = {self.context_blocks} should be two numbers, of encoder and "
                 f"decoder; those of a pyramid (patch_frames = 1) are (0, 0)")
-        if self.out_width < 0 or self.out_width and self.patch_frames == 1:
-            raise UserError(f"vae out_width = {self.out_width} must not be negative, and is 0 in a "
-                            "pyramid (patch_frames = 1)")
+        for name in ("frame_width", "out_width"):
+            if (width := getattr(self, name)) < 0 or width and self.patch_frames == 1:
+                raise UserError(f"vae {name} = {width} must not be negative, and is 0 in a pyramid "
+                                "(patch_frames = 1)")
         if self.patch_frames > 1 and (levels > 1 or self.residual):
             raise UserError(
                 f"vae patch_frames = {self.patch_frames} (a VAE of blocks) takes one level without "
@@ -292,7 +297,9 @@ class VideoVAE(nn.Module):
             self.post_quant_conv = CausalConv(self.config.z_dim, (1, 1, 1))
         if self.config.block_shortcut:
             self.blocks_to_latents = BlocksToLatents(self.compression, self.config.z_dim)
-            self.latents_to_blocks = LatentsToBlocks(self.compression, self.config.in_channels)
+            self.latents_to_blocks = LatentsToFrames(
+                self.compression, self.config.in_channels * self.compression.space**2,
+                init_scale=0.1)
 
     @property
     def compression(self) -> Compression:
@@ -326,7 +333,8 @@ class VideoVAE(nn.Module):
         """
         first, blocks_BTHWC = not begun(self, "decoding"), None
         if self.config.block_shortcut:
-            blocks_BTHWC = self.latents_to_blocks(latents_BTHWC, first)
+            blocks_BTHWC = unfold_pixels(
+                self.latents_to_blocks(latents_BTHWC, first), self.compression.space)
         if self.config.quant_convs:
             latents_BTHWC = self.post_quant_conv(latents_BTHWC)
         pixels_BTHWC = self._decoded(latents_BTHWC, blocks_BTHWC, first)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
 from sora_jax.core.errors import UserError
 from sora_jax.models.causal_conv import causal_conv, gathered_conv
@@ -24,6 +25,7 @@ BLOCKS = VideoVAEConfig(
     encoder_dims=(8,), decoder_dims=(8,), z_dim=3, temporal_downsample=(), num_res_blocks=1,
     patch_size=4, patch_frames=2, block_shortcut=True)
 IN_CONTEXT = dataclasses.replace(BLOCKS, context_blocks=(1, 2), context_width=4, out_width=6)
+BY_FRAMES = dataclasses.replace(IN_CONTEXT, frame_width=5)
 
 
 def compiled(function):
@@ -31,8 +33,8 @@ def compiled(function):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": "0"})
 
 
-@pytest.fixture(scope="module", params=[WAN_LIKE, SHORTCUTS, BLOCKS, IN_CONTEXT],
-                ids=["wan_like", "shortcuts", "blocks", "in_context"])
+@pytest.fixture(scope="module", params=[WAN_LIKE, SHORTCUTS, BLOCKS, IN_CONTEXT, BY_FRAMES],
+                ids=["wan_like", "shortcuts", "blocks", "in_context", "by_frames"])
 def vae(request):
     """(encode to means, decode, compression, pixels of 1 + 3 blocks of frames), all weights set."""
     model = VideoVAE(request.param)
@@ -94,11 +96,27 @@ def test_sizes_that_do_not_divide_are_refused(shape):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
 
 
+def test_one_network_draws_every_frame_of_a_latent_from_the_frame_s_own_features():
+    """Two frames that exchange their maps from the latent exchange their pixels, and no more."""
+    config = dataclasses.replace(BY_FRAMES, block_shortcut=False)
+    model, width = VideoVAE(config), BY_FRAMES.frame_width
+    latents = jax.random.normal(jax.random.key(0), (1, 3, 2, 2, config.z_dim))
+    params = meta.unbox(jax.jit(lambda key: model.init(key, latents, method="decode"))(
+        jax.random.key(1)))
+    pixels = np.array(model.apply(params, latents, method="decode"))
+    later = params["params"]["decoder"]["frames"]["later"]
+    assert later["kernel"].shape[-1] == 2 * width
+    later["kernel"] = jnp.roll(later["kernel"], width, axis=-1)
+    exchanged = np.array(model.apply(params, latents, method="decode"))
+    np.testing.assert_allclose(exchanged, pixels[:, [0, 2, 1, 4, 3]], atol=1e-6)
+    assert np.abs(pixels[:, 1] - pixels[:, 2]).max() > 1e-2
+
+
 @pytest.mark.parametrize("changes", [
     {"encoder_dims": (4, 8)}, {"temporal_downsample": (True,)}, {"temporal_kernels": (1, 2, 3)},
     {"patch_frames": 2}, {"num_mid_blocks": 3}, {"encoder_dims": (4, 8, 12)}, {"z_dim": 0},
     {"residual": False, "decoder_dims": (4, 7, 8)}, {"context_blocks": (1, 1)},
-    {"context_width": 0}, {"out_width": 8},
+    {"context_width": 0}, {"out_width": 8}, {"frame_width": 8},
 ])
 def test_impossible_configs_are_refused(changes):
     with pytest.raises(UserError):

@@ -31,7 +31,7 @@ def config_with(start_step=0, num_steps=12, **adversarial):
     config.vae.encoder_dims = config.vae.decoder_dims = (4, 4)
     config.vae.temporal_downsample, config.vae.temporal_kernels = (True,), (1, 3)
     config.vae.num_mid_blocks, config.vae.z_dim, config.vae.block_shortcut = 0, 4, False
-    config.vae.update({"context_blocks": (0, 0), "out_width": 0})
+    config.vae.update({"context_blocks": (0, 0), "frame_width": 0, "out_width": 0})
     config.vae_loss.objects_weight = 0.0
     config.optim.optimizer = "adamw"
     config.pixels.sizes = ({"frames": 3, "height": 8, "width": 8, "weight": 1.0, "batch": 8},)

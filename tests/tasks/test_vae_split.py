@@ -34,7 +34,7 @@ def pyramid():
     config.vae.update({
         "patch_size": 2, "patch_frames": 1, "encoder_dims": (8, 8), "decoder_dims": (8, 8),
         "temporal_downsample": (True,), "temporal_kernels": (1, 3), "residual": True,
-        "block_shortcut": False, "context_blocks": (0, 0), "out_width": 0})
+        "block_shortcut": False, "context_blocks": (0, 0), "frame_width": 0, "out_width": 0})
     return config
 
 
